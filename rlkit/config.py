@@ -1,0 +1,428 @@
+"""Every setting of a run, and what can be chosen for it. Hydra composes them; past `load` nobody sees a DictConfig.
+
+Strategies (objectives, divergences, ...) carry their own settings as dataclass fields in `rlkit/core/`, everything else in
+`rlkit/settings.py`. `CHOICES` is the one table of what can be chosen: adding a method adds one line to it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, Container, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlkit.core.advantages import Advantage, GroupCentered, GroupNormalized, LeaveOneOut
+from rlkit.core.control import Control, Fixed
+from rlkit.core.distill import NoTeacher, Teacher
+from rlkit.core.divergences import Divergence, NoDivergence, ReverseKL
+from rlkit.core.entropy import EntropyBonus, EntropyTerm, NoEntropy, NoSelector, Selector
+from rlkit.core.objectives import ClippedSurrogate, Objective
+from rlkit.core.ratios import Correction, NoCorrection
+from rlkit.core.reduce import Aggregation
+from rlkit.core.replay import NoReplay, Replay
+from rlkit.core.values import Critic, NoCritic
+from rlkit.errors import ConfigError
+from rlkit.resources import reward_fns_dir
+from rlkit.settings import (
+    AdamW,
+    BadRow as BadRow,
+    ClusterSettings,
+    ComparisonData,
+    Data,
+    Environment,
+    Evaluation,
+    ExistingRay,
+    ExpressionsData,
+    FileTracking,
+    HeldOut,
+    HuggingFaceData,
+    InitialReference,
+    InProcess,
+    JsonlData,
+    Learner,
+    LocalRay,
+    Model,
+    NoEvaluation,
+    Optimizer,
+    ParquetData,
+    ReasoningGymData,
+    Reference,
+    Reward,
+    RolloutEngine,
+    Sgd,
+    SingleTurn,
+    TableData as TableData,
+    Tracking,
+    TransformersEngine,
+    VllmEngine,
+    WandbTracking,
+)
+from rlkit.types import SamplingSpec
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One run."""
+
+    run_dir: str = ""  # empty: runs/<experiment_name>-<date and time>
+    experiment_name: str = "run"
+    dry_run: bool = False  # check everything, print what would run, and stop before any worker starts
+    seed: int = 0
+    num_steps: int = 100  # batches of rollouts
+    prompts_per_step: int = 32
+    group_size: int = 16  # responses per prompt
+    optimizer_steps_per_batch: int = 1  # disjoint mini-batches of one batch of rollouts
+    epochs_per_batch: int = 1  # times that each mini-batch is trained on
+    max_prompt_tokens: int = 512
+    max_response_tokens: int = 512
+    checkpoint_every: int = 0  # steps; 0: only at the end
+    aggregation: Aggregation = Aggregation.seq_mean_token_mean  # of the per-token objective over one optimiser step
+
+    model: Model = MISSING
+    data: Data = MISSING
+    reward: Reward = MISSING
+    environment: Environment = MISSING
+    rollout: RolloutEngine = MISSING
+    learner: Learner = MISSING
+    optimizer: Optimizer = MISSING
+    advantage: Advantage = MISSING
+    objective: Objective = MISSING
+    correction: Correction = MISSING
+    critic: Critic = MISSING
+    divergence: Divergence = MISSING
+    entropy: EntropyTerm = MISSING
+    selector: Selector = MISSING
+    control: Control = MISSING
+    replay: Replay = MISSING
+    reference: Reference = MISSING
+    teacher: Teacher = MISSING
+    evaluation: Evaluation = MISSING
+    cluster: ClusterSettings = MISSING
+    tracking: Tracking = MISSING
+
+    @property
+    def max_model_tokens(self) -> int:
+        return self.max_prompt_tokens + self.max_response_tokens
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.prompts_per_step * self.group_size
+
+    @property
+    def optimizer_steps_per_step(self) -> int:
+        """Updates of the policy per batch of rollouts; above 1 the later ones are off-policy."""
+        return self.optimizer_steps_per_batch * self.epochs_per_batch
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the chosen strategies must be given; what nobody needs is not computed, and its worker not started."""
+        return self.objective.needs | self.correction.needs | self.divergence.needs | self.entropy.needs | self.selector.needs
+
+    def sampling(self, stop_token_ids: tuple[int, ...]) -> SamplingSpec:
+        """How training responses are drawn."""
+        rollout = self.rollout
+        return SamplingSpec(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            min_p=rollout.min_p,
+            max_tokens=self.max_response_tokens,
+            stop_token_ids=stop_token_ids,
+        )
+
+
+# The only registry: group -> name -> dataclass. Further names come from YAML files in conf/<group>/, which hold differences only.
+CHOICES: dict[str, dict[str, type]] = {
+    "model": {"path": Model},
+    "data": {
+        "expressions": ExpressionsData,
+        "comparison": ComparisonData,
+        "jsonl": JsonlData,
+        "parquet": ParquetData,
+        "hf": HuggingFaceData,
+        "reasoning_gym": ReasoningGymData,
+    },
+    "reward": {"function": Reward},
+    "environment": {"single_turn": SingleTurn},
+    "rollout": {"vllm": VllmEngine, "transformers": TransformersEngine},
+    "learner": {"fsdp": Learner},
+    "optimizer": {"adamw": AdamW, "sgd": Sgd},
+    "advantage": {"grpo": GroupNormalized, "dr_grpo": GroupCentered, "rloo": LeaveOneOut},
+    "objective": {"clipped": ClippedSurrogate},
+    "correction": {"none": NoCorrection},
+    "critic": {"none": NoCritic},
+    "divergence": {"none": NoDivergence, "reverse_kl": ReverseKL},
+    "entropy": {"none": NoEntropy, "bonus": EntropyBonus},
+    "selector": {"none": NoSelector},
+    "control": {"fixed": Fixed},
+    "replay": {"none": NoReplay},
+    "reference": {"initial": InitialReference},
+    "teacher": {"none": NoTeacher},
+    "evaluation": {"none": NoEvaluation, "held_out": HeldOut},
+    "cluster": {"local": LocalRay, "ray": ExistingRay, "inprocess": InProcess},
+    "tracking": {"files": FileTracking, "wandb": WandbTracking},
+}
+
+_BASES: dict[str, type] = {name: hint for name, hint in get_type_hints(RunConfig).items() if name in CHOICES}
+_GROUP_BASELINES = ("grpo", "dr_grpo", "rloo")  # of CHOICES["advantage"]
+
+
+def register(choices: Mapping[str, Mapping[str, type]]) -> None:
+    """Makes dataclasses known to Hydra under group and name, and adds those from outside rlkit to CHOICES. Raises ConfigError."""
+    for group, options in choices.items():
+        if group not in CHOICES:
+            raise ConfigError(f"{group}: no such group of choices.{suggest(group, CHOICES)} Groups: {', '.join(CHOICES)}.")
+        base = _BASES[group]
+        for name, node in options.items():
+            where = f"{group}={name}"
+            if not (is_dataclass(node) and isinstance(node, type) and issubclass(node, base)):
+                raise ConfigError(f"{where}: {node!r} is not a dataclass that extends {base.__module__}.{base.__qualname__}.")
+            known = CHOICES[group].get(name, node)
+            if known is not node and known.__module__.startswith("rlkit."):
+                raise ConfigError(f"{where}: rlkit has a choice of that name, {known.__qualname__}. Give yours another name.")
+            CHOICES[group][name] = node
+            ConfigStore.instance().store(group=group, name=name, node=node)
+
+
+def base_of(group: str) -> type:
+    """The class that every choice of a group extends; its fields are settings whatever is chosen."""
+    return _BASES[group]
+
+
+def choice_of(group: str, settings: object) -> str:
+    """The name that `settings` was chosen by: the first, where several names share a class."""
+    return next(name for name, node in CHOICES[group].items() if node is type(settings))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is spelt most like this one; empty when none is."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), "")
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A sentence for an error, with a space before it, or nothing."""
+    near = nearest(word, known)
+    return f" Did you mean {near}?" if near else ""
+
+
+def load(cfg: DictConfig) -> RunConfig:
+    """Type and check the composed settings. Raises one ConfigError that names every problem."""
+    config, found = examine(cfg)
+    if config is None or found:
+        raise ConfigError(report(found))
+    return config
+
+
+def report(found: list[str]) -> str:
+    """Problems as one message."""
+    if len(found) == 1:
+        return found[0]
+    return f"{len(found)} settings are wrong.\n" + "\n".join(f"  {problem}" for problem in found)
+
+
+def examine(cfg: DictConfig) -> tuple[RunConfig | None, list[str]]:
+    """The settings, and everything wrong with them; None when too little is there to look at all of them together.
+
+    A group whose own check fails is still built, unchecked, so that the problems between groups show in the same report.
+    """
+    found = [f"{key}: no such setting.{suggest(str(key), _names())}" for key in cfg if key not in _names()]
+    values: dict[str, Any] = {}
+    for name in _names():
+        missing = name not in cfg or OmegaConf.is_missing(cfg, name)
+        if name in CHOICES and (missing or OmegaConf.get_type(cfg, name) not in CHOICES[name].values()):
+            found.append(f"{name}: nothing is chosen. Write {name}= and one of {', '.join(CHOICES[name])}.")
+        elif name in CHOICES:
+            settings, wrong = _examine_group(name, cfg[name])
+            found += wrong
+            if settings is not None:
+                values[name] = settings
+        else:
+            try:
+                values[name] = cfg[name]
+            except OmegaConfBaseException as error:
+                found.append(f"{name}: {str(error).splitlines()[0]}.")
+    if len(values) < len(_names()):
+        return None, found
+    config = RunConfig(**values)
+    return config, found + list(problems(config))
+
+
+def _names() -> list[str]:
+    return [field.name for field in fields(RunConfig)]
+
+
+def _examine_group(group: str, node: DictConfig) -> tuple[object | None, list[str]]:
+    cls = OmegaConf.get_type(node)
+    known = [field.name for field in fields(cls)]
+    found = [f"{group}.{key}: no such setting.{suggest(str(key), known)}" for key in node if key not in known]
+    values: dict[str, Any] = {}
+    complete = True
+    for name in known:
+        key = f"{group}.{name}"
+        if OmegaConf.is_missing(node, name):
+            hint = get_type_hints(cls)[name]
+            found.append(f"{key}: has no value.{_what_to_write(key, node)}")
+            values[name] = "" if hint is str else None
+            complete = complete and hint is str
+            continue
+        try:
+            value = node[name]
+            values[name] = OmegaConf.to_object(value) if isinstance(value, Container) else value
+        except OmegaConfBaseException as error:
+            found.append(f"{key}: {str(error).splitlines()[0]}.")
+            complete = False
+    if not complete:
+        return None, found
+    try:
+        return cls(**values), found
+    except ConfigError as error:
+        found += str(error).splitlines()
+    settings = cls.__new__(cls)
+    for name, value in values.items():
+        setattr(settings, name, value)
+    return settings, found
+
+
+def _what_to_write(key: str, group: DictConfig) -> str:
+    match key:
+        case "reward.fn":
+            return f" Write reward.fn=my_rewards.py:my_function, or one of {', '.join(_reward_names())}."
+        case "data.path" if OmegaConf.get_type(group) is HuggingFaceData:
+            return " Write data.path=name/on-the-hub or data.path=folder."
+        case "data.path":
+            return " Write data.path=file."
+        case "data.task":
+            return " Write data.task=chain_sum, or another task of reasoning-gym."
+        case "model.path":
+            return " Write model=tiny, model=smollm2_135m, or model.path=folder-or-hub-id."
+        case _:
+            return f" Write {key}=value."
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """What is wrong between groups, and in the settings that belong to none. One sentence each: key=value, why, what to write."""
+    for key in (
+        "num_steps",
+        "prompts_per_step",
+        "group_size",
+        "optimizer_steps_per_batch",
+        "epochs_per_batch",
+        "max_prompt_tokens",
+        "max_response_tokens",
+    ):
+        if (value := getattr(config, key)) < 1:
+            yield f"{key}={value}: write 1 or more."
+    if config.checkpoint_every < 0:
+        yield f"checkpoint_every={config.checkpoint_every}: write a number of steps, or 0 for one checkpoint at the end."
+    if not 0 <= config.seed < 2**32:
+        yield f"seed={config.seed}: write a number from 0 to 4294967295."
+    yield from _batch_problems(config)
+    yield from _source_problems(config)
+    yield from _worker_problems(config)
+
+
+def _batch_problems(config: RunConfig) -> Iterator[str]:
+    advantage = choice_of("advantage", config.advantage)
+    if config.group_size == 1 and advantage in _GROUP_BASELINES:
+        yield (
+            f"group_size=1: advantage={advantage} compares the responses to one prompt with each other, and one response has "
+            "an advantage of 0. Write 2 or more; 8 or 16 is usual."
+        )
+    prompts, parts = config.prompts_per_step, config.optimizer_steps_per_batch
+    if prompts >= 1 and parts >= 1 and prompts % parts:
+        fitting = max(n for n in range(1, prompts + 1) if prompts % n == 0 and n <= parts)
+        yield (
+            f"optimizer_steps_per_batch={parts}: prompts_per_step={prompts} cannot be cut into {parts} equal mini-batches. "
+            f"Write optimizer_steps_per_batch={fitting} or prompts_per_step={-(-prompts // parts) * parts}."
+        )
+    if config.divergence.on_policy_only and config.optimizer_steps_per_step > 1:
+        estimator = getattr(config.divergence, "estimator").name  # noqa: B009  # pyright knows of no estimator in the base
+        yield (
+            f"divergence.estimator={estimator}: its gradient is right only for the first optimiser step on a batch, and there are "
+            f"{config.optimizer_steps_per_step} (optimizer_steps_per_batch={parts}, epochs_per_batch={config.epochs_per_batch}). "
+            "Write divergence.estimator=k3_weighted, score or exact, or take one optimiser step per batch."
+        )
+    if config.optimizer.warmup_steps >= (total := config.num_steps * config.optimizer_steps_per_step) > 0:
+        yield (
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps}: the run has only {total} optimiser steps, so the learning "
+            "rate never arrives. Write a smaller number."
+        )
+
+
+def _source_problems(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    for key in ("path", "held_out_path"):
+        value = getattr(data, key, None)
+        if value and isinstance(data, JsonlData | ParquetData) and not Path(value).expanduser().is_file():
+            yield f"data.{key}={value}: no such file (looked from {Path.cwd()}). Check its spelling."
+    separate = getattr(data, "held_out_path", None) or getattr(data, "held_out_split", None)
+    if isinstance(config.evaluation, HeldOut) and data.held_out_fraction == 0 and not separate:
+        yield "data.held_out_fraction=0: evaluation=held_out has no prompts. Write data.held_out_fraction=0.1 or evaluation=none."
+    name = config.reward.fn
+    if ":" in name:
+        file, _, function = name.rpartition(":")
+        if file.endswith(".py") and not Path(file).expanduser().is_file():
+            yield f"reward.fn={name}: there is no file {file} (looked from {Path.cwd()}). Check its spelling."
+        if not function.isidentifier():
+            yield f"reward.fn={name}: {function!r} is no function's name. Write reward.fn={file}:my_function."
+    elif name and name not in (known := _reward_names()):
+        yield (
+            f"reward.fn={name}: no such function in reward_fns/.{suggest(name, known)} Write file.py:function, or one of "
+            f"{', '.join(known)}."
+        )
+
+
+def _reward_names() -> list[str]:
+    return sorted(path.stem for path in reward_fns_dir().glob("*.py") if not path.stem.startswith("_"))
+
+
+def _worker_problems(config: RunConfig) -> Iterator[str]:
+    learner, room = config.learner, config.max_model_tokens
+    if 1 <= learner.tokens_per_microbatch < room:
+        yield (
+            f"learner.tokens_per_microbatch={learner.tokens_per_microbatch}: one response with its prompt can have {room} tokens "
+            f"(max_prompt_tokens + max_response_tokens). Write {room} or more."
+        )
+    if isinstance(config.cluster, InProcess):
+        why = "cluster=inprocess runs every worker in this process"
+        if isinstance(config.rollout, VllmEngine):
+            yield f"rollout=vllm: {why}, and vLLM needs one of its own. Write rollout=transformers or cluster=local."
+        if learner.num_ranks > 1:
+            yield f"learner.num_ranks={learner.num_ranks}: {why}, which is one rank. Write learner.num_ranks=1 or cluster=local."
+        if config.rollout.num_engines > 1:
+            yield (
+                f"rollout.num_engines={config.rollout.num_engines}: {why}, one after the other. "
+                "Write rollout.num_engines=1 or cluster=local."
+            )
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Every setting as YAML, each group with the name of its choice; `rlkit.compose.compose(stored=...)` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Every setting as plain values, each group with the name of its choice under `choice`."""
+    plain: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in CHOICES:
+            own = {inner.name: _plain(getattr(value, inner.name)) for inner in fields(value)}
+            plain[field.name] = {"choice": choice_of(field.name, value), **own}
+        else:
+            plain[field.name] = _plain(value)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    return value.name if isinstance(value, Enum) else value
+
+
+ConfigStore.instance().store(name="run", node=RunConfig)
+register(CHOICES)

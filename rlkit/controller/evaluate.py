@@ -1,0 +1,88 @@
+"""Held-out evaluation: mean reward, unbiased pass@k with bootstrap intervals, distinct right answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlkit.controller.sampling import Sampler
+from rlkit.core.evaluation import bootstrap_interval, pass_at_k
+from rlkit.errors import DataError
+from rlkit.settings import HeldOut
+from rlkit.types import Prompt, RewardStatus, Rollout, SamplingSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """One evaluation. Per-prompt figures are kept, so that two evaluations on the same prompts can be compared in pairs."""
+
+    prompt_ids: tuple[str, ...]
+    rewards: np.ndarray  # [P] mean over the prompt's samples
+    pass_at: dict[int, np.ndarray]  # k -> [P]
+    distinct: np.ndarray  # [P] different right answers
+    num_failed: int  # samples without a reward
+
+    def metrics(self) -> dict[str, float]:
+        """Figures with the ends of their 95 % intervals, which resample prompts."""
+        figures = {"reward": self.rewards, "distinct": self.distinct}
+        figures |= {f"pass@{k}": values for k, values in self.pass_at.items()}
+        out: dict[str, float] = {}
+        for name, values in figures.items():
+            low, high = bootstrap_interval(values)
+            out |= {
+                f"evaluation/{name}": float(values.mean()),
+                f"evaluation/{name}_low": low,
+                f"evaluation/{name}_high": high,
+            }
+        return out | {"evaluation/num_prompts": float(len(self.prompt_ids)), "evaluation/failed_samples": float(self.num_failed)}
+
+
+def gain(before: Evaluation, after: Evaluation, k: int = 1) -> tuple[float, float, float]:
+    """Mean rise of pass@k and its 95 % interval, paired by prompt: the same prompts were asked both times."""
+    if before.prompt_ids != after.prompt_ids:
+        raise DataError("The two evaluations asked different prompts, so they cannot be paired.")
+    difference = after.pass_at[k] - before.pass_at[k]
+    low, high = bootstrap_interval(difference)
+    return float(difference.mean()), low, high
+
+
+def evaluate(
+    sampler: Sampler, prompts: Sequence[Prompt], settings: HeldOut, *, max_tokens: int, stop_token_ids: tuple[int, ...]
+) -> Evaluation:
+    """Sample the first `num_prompts` held-out prompts. The same seeds every time: evaluations differ by the policy alone."""
+    chosen = prompts[: settings.num_prompts]
+    if not chosen:
+        raise DataError("There are no held-out prompts: raise data.held_out_fraction, or write evaluation=none.")
+    sampling = SamplingSpec(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        max_tokens=max_tokens,
+        stop_token_ids=stop_token_ids,
+    )
+    submitted = sampler.submit("evaluation", chosen, settings.samples_per_prompt, sampling)
+    rollouts = sampler.collect(submitted).rollouts
+    size = settings.samples_per_prompt
+    return summarize([rollouts[start : start + size] for start in range(0, len(rollouts), size)], settings)
+
+
+def summarize(groups: Sequence[Sequence[Rollout]], settings: HeldOut) -> Evaluation:
+    """Figures per prompt. Samples without a reward are left out; a prompt with fewer than max(ks) of them left is as well."""
+    scored = [[rollout for rollout in group if rollout.status is RewardStatus.ok] for group in groups]
+    kept = [group for group in scored if len(group) >= max(settings.ks)]
+    if not kept:
+        raise DataError("No held-out prompt has enough scored samples for evaluation.ks; look at the reward function's failures.")
+    right = [[r for r in group if r.reward is not None and r.reward >= settings.right_from] for group in kept]
+    return Evaluation(
+        prompt_ids=tuple(group[0].prompt_id for group in kept),
+        rewards=np.array([np.mean([r.reward for r in group]) for group in kept]),
+        pass_at={
+            k: np.array([pass_at_k(len(group), len(good), k) for group, good in zip(kept, right, strict=True)])
+            for k in settings.ks
+        },
+        distinct=np.array([len({r.text.strip() for r in good}) for good in right], dtype=float),
+        num_failed=sum(map(len, groups)) - sum(map(len, scored)),
+    )

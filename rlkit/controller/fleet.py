@@ -1,0 +1,207 @@
+"""The controller's view of many workers of one kind as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlkit.config import RunConfig
+from rlkit.settings import TransformersEngine, VllmEngine
+from rlkit.controller.cluster import Cluster
+from rlkit.core.reduce import Denominators
+from rlkit.data.collate import split_ranks
+from rlkit.data.models.loading import resolve
+from rlkit.errors import ConfigError
+from rlkit.metrics import merge
+from rlkit.types import Completion, Rollout, SampleRequest, SamplingSpec, StepStats, TrainBatch
+from rlkit.workers.handle import Handle, Pending
+from rlkit.workers.learner import Rank
+from rlkit.workers.rollout.engine import EngineSpec
+from rlkit.workers.scorer import Scores, ScorerSpec
+from rlkit.workers.weight_sync import Manifest
+
+START_DEADLINE_S = 600.0  # a worker's first call also waits for its imports and its model
+
+ENGINE_CLASSES = {
+    "vllm": "rlkit.workers.rollout.vllm_engine:VllmRolloutEngine",
+    "transformers": "rlkit.workers.rollout.transformers:TransformersRolloutEngine",
+}
+
+
+class Engines:
+    """All rollout engines of a run. Which engine samples what is a function of the request's place alone."""
+
+    def __init__(self, config: RunConfig, cluster: Cluster):
+        spec = engine_spec(config)
+        count = config.rollout.num_engines
+        self._deadline_s = config.rollout.deadline_s
+        self._receiving: list[Pending] = []  # parts of the next version on their way
+        self._handles = [
+            cluster.worker(
+                ("engine", spec, index, count), f"rollout engine {index}", ENGINE_CLASSES[spec.kind], spec, share=(index, count)
+            )
+            for index in range(count)
+        ]
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Generation:
+        """Hand every engine its part at once."""
+        bounds = [round(i * len(requests) / len(self._handles)) for i in range(len(self._handles) + 1)]
+        parts = [requests[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+        return Generation(
+            [handle.call("generate", part, sampling) for handle, part in zip(self._handles, parts, strict=True) if part],
+            self._deadline_s,
+        )
+
+    # What a weight sync asks of them (`weight_sync.EngineSide`).
+
+    def receive(self, part: Pending) -> None:
+        self._receiving += [handle.call("receive", part) for handle in self._handles]
+
+    def commit(self, manifest: Manifest) -> None:
+        receiving, self._receiving = self._receiving, []
+        wait(receiving, self._deadline_s)
+        wait([handle.call("commit", manifest) for handle in self._handles], START_DEADLINE_S)
+
+    def score_each(self, sequences: Sequence[tuple[int, ...]]) -> list[list[np.ndarray]]:
+        return wait([handle.call("score", sequences) for handle in self._handles], self._deadline_s)
+
+    def layer_outputs(self, engine: int, sequence: tuple[int, ...]) -> dict[str, np.ndarray]:
+        return self._handles[engine].call("layer_outputs", sequence).result(self._deadline_s)
+
+
+class Generation:
+    """Responses under way."""
+
+    def __init__(self, parts: Sequence[Pending], deadline_s: float):
+        self._parts = parts
+        self._deadline_s = deadline_s
+
+    def result(self) -> list[Completion]:
+        """In the order of the requests."""
+        return [completion for part in wait(self._parts, self._deadline_s) for completion in part]
+
+
+class Learners:
+    """The learner's ranks as one learner."""
+
+    def __init__(self, config: RunConfig, cluster: Cluster):
+        count = config.learner.num_ranks
+        self._max_response_tokens = config.max_response_tokens
+        self._deadline_s = config.learner.deadline_s
+        address = cluster.free_address()
+        self._handles = [
+            cluster.worker(
+                ("learner", index, count),
+                f"learner rank {index}",
+                "rlkit.workers.learner:Learner",
+                Rank(index=index, count=count, address=address),
+                share=(index, count),
+            )
+            for index in range(count)
+        ]
+        self._all("begin", config)
+
+    def update(self, batch: TrainBatch, *, divergence_coef: float | None, entropy_coef: float | None) -> StepStats:
+        """One optimiser step; its denominators are counted here, before the rows are dealt out."""
+        denominators = Denominators.count(batch.response_mask, max_response_tokens=self._max_response_tokens)
+        stats: list[StepStats] = wait(
+            [
+                handle.call(
+                    "update", part, denominators=denominators, divergence_coef=divergence_coef, entropy_coef=entropy_coef
+                )
+                for handle, part in zip(self._handles, split_ranks(batch, len(self._handles)), strict=True)
+            ],
+            self._deadline_s,
+        )
+        shared = {"policy/grad_norm", "policy/skipped_steps"}  # the same on every rank: counted once
+        parts = [{k: v for k, v in s.metrics.items() if i == 0 or k not in shared} for i, s in enumerate(stats)]
+        return StepStats(metrics=merge(parts), skipped=stats[0].skipped)
+
+    def logprobs(self, batch: TrainBatch) -> Tensor:
+        """[B, T] under the current weights."""
+        out = torch.zeros(batch.response_mask.shape)
+        position = {sample_id: row for row, sample_id in enumerate(batch.sample_ids)}
+        parts = split_ranks(batch, len(self._handles))
+        pending = [handle.call("logprobs", part) for handle, part in zip(self._handles, parts, strict=True)]
+        for part, values in zip(parts, wait(pending, self._deadline_s), strict=True):
+            rows = torch.tensor([position[sample_id] for sample_id in part.sample_ids], dtype=torch.int64)
+            out[rows, : values.shape[1]] = values
+        return out
+
+    def set_reference_head(self, head: np.ndarray) -> None:
+        self._all("set_reference_head", head)
+
+    def save(self, folder: str) -> None:
+        self._all("save", folder)
+
+    # What a weight sync asks of it (`weight_sync.LearnerSide`); all ranks take part, rank 0 answers.
+
+    def num_parts(self) -> int:
+        return self._handles[0].call("num_parts").result(self._deadline_s)
+
+    def export_part(self, index: int, version: int) -> Pending:
+        return [handle.call("export_part", index, version) for handle in self._handles][0]
+
+    def manifest(self, version: int) -> Manifest:
+        return self._handles[0].call("manifest", version).result(self._deadline_s)
+
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        return self._all("score", sequences)[0]
+
+    def layer_outputs(self, sequence: tuple[int, ...]) -> dict[str, np.ndarray]:
+        return self._all("layer_outputs", sequence)[0]
+
+    def _all(self, method: str, *args) -> list:
+        return wait([handle.call(method, *args) for handle in self._handles], self._deadline_s)
+
+
+class ReferenceScorer:
+    """The frozen reference."""
+
+    def __init__(self, config: RunConfig, cluster: Cluster):
+        spec = ScorerSpec(
+            model_path=resolve(config.model.path),
+            dtype=config.model.dtype.value,
+            trust_remote_code=config.model.trust_remote_code,
+            tokens_per_microbatch=config.learner.tokens_per_microbatch,
+            head_memory_mib=config.learner.head_memory_mib,
+        )
+        self._temperature = config.rollout.temperature
+        self._with_hidden = "ref_hidden" in config.needs
+        self._deadline_s = config.learner.deadline_s
+        self._handle: Handle = cluster.worker(("scorer", spec), "reference scorer", "rlkit.workers.scorer:Scorer", spec)
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        pending = self._handle.call("score", rollouts, temperature=self._temperature, with_hidden=self._with_hidden)
+        return pending.result(self._deadline_s)
+
+    def head(self) -> np.ndarray:
+        return self._handle.call("head").result(START_DEADLINE_S)
+
+
+def engine_spec(config: RunConfig) -> EngineSpec:
+    rollout = config.rollout
+    common = {
+        "model_path": resolve(config.model.path),
+        "dtype": config.model.dtype.value,
+        "trust_remote_code": config.model.trust_remote_code,
+        "max_model_tokens": config.max_model_tokens,
+    }
+    if isinstance(rollout, VllmEngine):
+        return EngineSpec(
+            kind="vllm",
+            max_num_seqs=rollout.max_num_seqs,
+            kv_cache_mib=rollout.kv_cache_mib,
+            enforce_eager=rollout.enforce_eager,
+            **common,
+        )
+    if isinstance(rollout, TransformersEngine):
+        return EngineSpec(kind="transformers", max_num_seqs=rollout.max_num_seqs, **common)
+    raise ConfigError(f"rollout={type(rollout).__name__}: no engine is known for these settings. Choose vllm or transformers.")
+
+
+def wait(pending: Sequence[Pending], deadline_s: float) -> list:
+    return [one.result(deadline_s) for one in pending]

@@ -1,0 +1,55 @@
+"""Every worker in this process: for tests, debuggers and machines without Ray."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from rlkit.workers.handle import Handle
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A call that ran when it was made."""
+
+    value: Any
+
+    def result(self, deadline_s: float) -> Any:
+        return self.value
+
+
+class LocalHandle:
+    """A worker that is an object here; its errors are raised as they are."""
+
+    def __init__(self, name: str, worker: Any):
+        self.name = name
+        self._worker = worker
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Done:
+        values = [arg.value if isinstance(arg, Done) else arg for arg in args]
+        return Done(getattr(self._worker, method)(*values, **kwargs))
+
+
+class InProcessCluster:
+    """Implements `Cluster`."""
+
+    def __init__(self):
+        self._workers: dict[Hashable, LocalHandle] = {}
+
+    def worker(
+        self, key: Hashable, name: str, target: str, *args: Any, share: tuple[int, int] = (0, 1), **kwargs: Any
+    ) -> Handle:
+        if key not in self._workers:
+            module, cls = target.split(":")
+            self._workers[key] = LocalHandle(name, getattr(importlib.import_module(module), cls)(*args, **kwargs))
+        return self._workers[key]
+
+    def free_address(self) -> str:
+        from rlkit.controller.cluster import free_local_address
+
+        return free_local_address()
+
+    def close(self) -> None:
+        self._workers.clear()

@@ -1,0 +1,87 @@
+"""Prompts -> scored rollouts: seeds, generation, rewards. Training and evaluation sample through the same door."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rlkit.controller.fleet import Engines, Generation
+from rlkit.data.rewards.pool import RewardItem, RewardPool
+from rlkit.types import Prompt, Rollout, SampleRequest, SamplingSpec, single_turn_rollout
+
+
+def sample_seed(*parts: str | int) -> int:
+    """63 bits from what identifies a sample (run seed, step, prompt, index): no sample's luck depends on timing or place."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """A batch of scored rollouts, and what it took."""
+
+    rollouts: list[Rollout]
+    generate_s: float
+    reward_s: float
+
+
+@dataclass(kw_only=True, slots=True)
+class Sampler:
+    """Draws `group_size` responses per prompt and has them scored."""
+
+    engines: Engines
+    rewards: RewardPool
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+
+    def submit(self, label: str, prompts: Sequence[Prompt], group_size: int, sampling: SamplingSpec) -> Submitted:
+        """Start generation. `label` names the batch ("step-12") and is part of every sample's id and seed."""
+        owners = [prompt for prompt in prompts for _ in range(group_size)]
+        requests = [
+            SampleRequest(
+                sample_id=f"{label}/{place}/{prompt.id}/{index}",
+                prompt_ids=prompt.prompt_ids,
+                seed=sample_seed(self.seed, label, place, prompt.id, index),
+            )
+            for place, prompt in enumerate(prompts)
+            for index in range(group_size)
+        ]
+        return Submitted(owners=owners, generation=self.engines.generate(requests, sampling), started=time.monotonic())
+
+    def collect(self, submitted: Submitted) -> Sampled:
+        """Wait for the responses and score them. Raises RewardError when too many rewards fail."""
+        completions = submitted.generation.result()
+        generated = time.monotonic()
+        # Special tokens end a response; they are no part of the answer that a reward function reads.
+        texts = self.tokenizer.batch_decode([c.response_ids.tolist() for c in completions], skip_special_tokens=True)
+        groups = [completion.sample_id.rsplit("/", 1)[0] for completion in completions]
+        results = self.rewards.score(
+            [
+                RewardItem(
+                    sample_id=completion.sample_id, group_id=group, prompt=prompt.text, completion=text, columns=prompt.columns
+                )
+                for prompt, completion, group, text in zip(submitted.owners, completions, groups, texts, strict=True)
+            ]
+        )
+        rollouts = [
+            single_turn_rollout(prompt, completion, result, group_id=group, text=text)
+            for prompt, completion, result, group, text in zip(
+                submitted.owners, completions, results, groups, texts, strict=True
+            )
+        ]
+        return Sampled(
+            rollouts=rollouts, generate_s=generated - submitted.started, reward_s=time.monotonic() - generated
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submitted:
+    """Responses under way, and whose they are."""
+
+    owners: list[Prompt]
+    generation: Generation
+    started: float

@@ -1,0 +1,265 @@
+"""What one sees while a run runs: a live panel on a terminal, one plain line a step anywhere else."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rlkit.controller.tracking.format import duration, number, percent, sparkline
+from rlkit.controller.tracking.history import estimates, step_parts
+from rlkit.controller.tracking.sinks import Sink
+
+Format = Callable[[float], str]
+
+# label, metric, format; one column of the panel each
+_PANEL: tuple[tuple[tuple[str, str, Format], ...], ...] = (
+    (
+        ("reward", "reward/mean", number),
+        ("held-out pass@1", "evaluation/pass@1", number),
+        ("length", "length/mean", number),
+        ("cut off", "length/frac_truncated", percent),
+    ),
+    (
+        ("entropy", "entropy/mean", number),
+        ("KL to reference", "kl/ref_token_mean", number),
+        ("clip fraction", "policy/clip_fraction", percent),
+        ("gradient norm", "policy/grad_norm", number),
+    ),
+    (
+        ("mismatch mean", "mismatch/mean", number),
+        ("mismatch max", "mismatch/max", number),
+        ("mismatch k3", "mismatch/k3", number),
+        ("tokens/s", "rate/generated_tokens_per_s", number),
+    ),
+)
+# label, metric, format, width of the value
+_LINE: tuple[tuple[str, str, Format, int], ...] = (
+    ("reward", "reward/mean", number, 6),
+    ("len", "length/mean", number, 5),
+    ("entropy", "entropy/mean", number, 6),
+    ("kl", "kl/ref_token_mean", number, 6),
+    ("clip", "policy/clip_fraction", percent, 5),
+    ("mismatch", "mismatch/mean", number, 6),
+)
+_PART_STYLES = {
+    "generate": "cyan",
+    "reward": "magenta",
+    "score": "yellow",
+    "learn": "blue",
+    "sync": "green",
+    "other": "bright_black",
+}
+_LINE_WIDTH = 120
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # escape sequences; all else but tab and newline
+
+
+class Display(Sink, Protocol):
+    """A sink that people look at."""
+
+    def message(self, text: str) -> None: ...
+
+    def summary(self, text: str) -> None: ...
+
+
+def open_display(*, title: str, subtitle: str, num_steps: int, start_step: int) -> Display:
+    """The live panel on a terminal that can draw it, plain lines elsewhere."""
+    console = Console()
+    if sys.stdout.isatty() and not console.is_dumb_terminal:
+        return LiveDisplay(console, title=title, subtitle=subtitle, num_steps=num_steps, start_step=start_step)
+    return PlainDisplay(num_steps=num_steps, start_step=start_step)
+
+
+def printable(text: str) -> str:
+    """Text from a model or a reward function may hold escape sequences, which would act on the terminal."""
+    return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+class Pace:
+    """Time left, from the last steps and whatever happened between them."""
+
+    def __init__(self, *, num_steps: int, start_step: int):
+        self.num_steps, self.done = num_steps, start_step
+        self._ends: deque[float] = deque(maxlen=21)
+        self._first_step_s = float("nan")
+
+    def step(self, step: int, step_s: float, now: float) -> None:
+        self.done = step
+        self._ends.append(now)
+        self._first_step_s = step_s if len(self._ends) == 1 else self._first_step_s
+
+    def left_s(self, now: float) -> float | None:
+        """None before the first step that was timed."""
+        if not self._ends:
+            return None
+        between = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) if len(self._ends) > 1 else self._first_step_s
+        if between != between:
+            return None
+        return max(0.0, (self.num_steps - self.done) * between - (now - self._ends[-1]))
+
+
+class PlainDisplay:
+    """One aligned line a step, without control characters: for logs, pipes and notebooks."""
+
+    def __init__(self, *, num_steps: int, start_step: int = 0):
+        self._pace = Pace(num_steps=num_steps, start_step=start_step)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        self._pace.step(step, metrics.get("time/step_s", float("nan")), now)
+        fields = [f"{label} {form(metrics[name]):>{width}}" for label, name, form, width in _LINE if name in metrics]
+        left_s = self._pace.left_s(now)
+        if left_s is not None:
+            fields += [f"{duration(metrics['time/step_s']):>6}" if "time/step_s" in metrics else "", f"left {duration(left_s):>6}"]
+        if "rate/generated_tokens_per_s" in metrics:
+            fields.append(f"tok/s {number(metrics['rate/generated_tokens_per_s']):>6}")
+        line = self._counter(step)
+        for field in fields:
+            if len(line) + 2 + len(field) > _LINE_WIDTH:
+                break
+            line += f"  {field}"
+        print(line, flush=True)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        line = f"{self._counter(step)}  held out:"
+        for name, estimate in estimates(metrics).items():
+            field = f"  {name} {estimate}"
+            if len(line) + len(field) > _LINE_WIDTH:
+                print(line, flush=True)
+                line = " " * len(self._counter(step))
+            line += field
+        print(line, flush=True)
+
+    def message(self, text: str) -> None:
+        print(printable(text), flush=True)
+
+    def summary(self, text: str) -> None:
+        print(f"\n{printable(text)}", flush=True)
+
+    def close(self) -> None:
+        pass
+
+    def _counter(self, step: int) -> str:
+        return f"step {step:>{len(str(self._pace.num_steps))}}/{self._pace.num_steps}"
+
+
+class LiveDisplay:
+    """A panel that stays at the bottom of the terminal. It appears with the first measurement."""
+
+    def __init__(self, console: Console, *, title: str, subtitle: str, num_steps: int, start_step: int = 0):
+        self._console, self._title, self._subtitle = console, title, subtitle
+        self._pace = Pace(num_steps=num_steps, start_step=start_step)
+        self._started = time.monotonic()
+        self._metrics: dict[str, float] = {}
+        self._evaluation: dict[str, float] = {}
+        self._rewards: list[float] = []
+        self._live = Live(get_renderable=self.render, console=console, refresh_per_second=2)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._pace.step(step, metrics.get("time/step_s", float("nan")), time.monotonic())
+        self._metrics = dict(metrics)
+        self._rewards.append(metrics.get("reward/mean", float("nan")))
+        self._refresh()
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._evaluation = dict(metrics)
+        self._refresh()
+
+    def message(self, text: str) -> None:
+        self._console.print(Text(printable(text)), soft_wrap=True)
+
+    def summary(self, text: str) -> None:
+        self.close()
+        first, _, rest = printable(text).partition("\n")
+        self._console.print(Text.assemble("\n", (first, "bold"), f"\n{rest}"), soft_wrap=True)  # a wrapped path cannot be copied
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def render(self) -> RenderableType:
+        """The panel as it stands."""
+        metrics = {**self._metrics, **self._evaluation}
+        blocks: list[RenderableType] = [self._progress(), ""]
+        if columns := [column for fields in _PANEL if (column := _column(fields, metrics))]:
+            blocks += [Columns(columns, padding=(0, 4)), ""]
+        if curve := self._reward_curve():
+            blocks.append(curve)
+        if parts := step_parts(self._metrics):
+            blocks.append(_time_bar(parts))
+        return Panel(
+            Group(*blocks),
+            title=Text(self._title, style="bold"),
+            title_align="left",
+            subtitle=Text(self._subtitle, style="dim"),
+            subtitle_align="left",
+            border_style="bright_black",
+            padding=(1, 2),
+            width=min(self._console.width, 104),
+        )
+
+    def _refresh(self) -> None:
+        if not self._live.is_started:
+            self._live.start()
+        self._live.refresh()
+
+    def _progress(self) -> Table:
+        now = time.monotonic()
+        done, total, left_s = self._pace.done, self._pace.num_steps, self._pace.left_s(now)
+        row = Table.grid(padding=(0, 2), expand=True)
+        for ratio in (None, 1, None, None):
+            row.add_column(ratio=ratio, no_wrap=True)
+        row.add_row(
+            Text(f"step {done}/{total}", style="bold"),
+            ProgressBar(total=max(1, total), completed=done, complete_style="cyan", finished_style="cyan"),
+            Text(f"{duration(now - self._started)} so far", style="dim"),
+            Text("" if left_s is None else f"{duration(left_s)} left"),
+        )
+        return row
+
+    def _reward_curve(self) -> Text | None:
+        curve = sparkline(self._rewards, 40)
+        if len(curve) < 2:
+            return None
+        finite = [reward for reward in self._rewards if reward == reward]
+        return Text.assemble(
+            ("reward  ", "dim"), (curve, "cyan"), ("  from ", "dim"), number(finite[0]), (" to ", "dim"), number(finite[-1])
+        )
+
+
+def _column(fields: Sequence[tuple[str, str, Format]], metrics: Mapping[str, float]) -> Table | None:
+    """Labels and values of the metrics that were sent."""
+    present = [(label, form(metrics[name])) for label, name, form in fields if name in metrics]
+    if not present:
+        return None
+    column = Table.grid(padding=(0, 2))
+    column.add_column(min_width=15, style="dim", no_wrap=True)
+    column.add_column(min_width=8, justify="right", no_wrap=True)  # one width, so that the panel does not breathe
+    for label, value in present:
+        column.add_row(label, value)
+    return column
+
+
+def _time_bar(parts: Mapping[str, float], width: int = 40) -> Text:
+    """Where the last step's time went: a bar, then the shares."""
+    total = sum(parts.values())
+    bar, legend, end, filled = Text("time    ", style="dim"), Text(), 0.0, 0
+    for part, seconds in parts.items():
+        end += seconds
+        cells = round(width * end / total) - filled if total else 0
+        filled += cells
+        style = _PART_STYLES[part]
+        bar.append("█" * cells, style=style)
+        legend.append("\n        " if not legend else "   ").append("■ ", style=style)
+        legend.append(f"{part} {100 * seconds / total if total else 0:.0f}%", style="not dim")
+    return bar.append(f"  {duration(total)} a step", style="not dim").append_text(legend)

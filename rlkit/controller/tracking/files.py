@@ -1,0 +1,143 @@
+"""The run folder: who may use it, what the run was, on what it ran, and every rollout."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+import rlkit
+from rlkit.config import CHOICES, RunConfig
+from rlkit.errors import ConfigError, DataError
+from rlkit.types import Rollout
+
+_TOKENS = pa.list_(pa.int32())
+_ROLLOUT_SCHEMA = pa.schema(
+    {
+        "sample_id": pa.string(),
+        "group_id": pa.string(),
+        "prompt_id": pa.string(),
+        "attempt": pa.int32(),
+        "source": pa.string(),
+        "prompt_ids": _TOKENS,
+        "response_ids": _TOKENS,
+        "text": pa.string(),
+        "finish_reason": pa.string(),
+        "status": pa.string(),
+        "reward": pa.float64(),
+        "reward_components": pa.string(),  # a JSON object: its names differ between rewards
+        "advantage": pa.float64(),
+        "rollout_logprobs": pa.list_(pa.float32()),
+        "policy_version": _TOKENS,
+        "turn_index": _TOKENS,
+        "origin": _TOKENS,
+        "token_rewards": pa.list_(pa.float32()),
+        "ref_version": pa.int64(),
+        "num_uses": pa.int32(),
+    }
+)
+
+
+def claim_folder(run_dir: Path, *, resumes: bool) -> None:
+    """Make the folder. Raises ConfigError where another run's files would be mixed with this one's."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir={run_dir} is a file. Choose the name of a new folder.")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not resumes and any(run_dir.iterdir()):
+        raise ConfigError(f"run_dir={run_dir} already has files in it. Choose a new folder, or leave run_dir unset to get one.")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Whoever reads `path` sees the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_settings(run_dir: Path, config: RunConfig, settings: dict[str, Any]) -> None:
+    """config.yaml, every setting with its value; choices.yaml, which option was taken in each group."""
+    write_atomically(run_dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_atomically(run_dir / "choices.yaml", yaml.safe_dump(choices(config), sort_keys=False))
+
+
+def choices(config: RunConfig) -> dict[str, str]:
+    """Group -> the option whose dataclass was taken; the dataclass's own name where `CHOICES` does not list it."""
+    taken = {}
+    for group, options in CHOICES.items():
+        kind = type(getattr(config, group))
+        taken[group] = next((name for name, option in options.items() if option is kind), f"{kind.__module__}.{kind.__qualname__}")
+    return taken
+
+
+def write_versions(path: Path) -> None:
+    """What a reader needs to repeat the run: code, packages, machine."""
+    packages = {found.metadata["Name"]: found.version for found in distributions()}
+    versions = {
+        "rlkit": rlkit_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": {"model": _cpu_model(), "cores": len(os.sched_getaffinity(0))},
+        "gpus": _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader").splitlines(),
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+    }
+    write_atomically(path, json.dumps(versions, indent=2) + "\n")
+
+
+def rlkit_commit() -> dict[str, Any]:
+    """Commit of the clone that rlkit runs from, and whether its files differ from it. Empty where it was installed as a wheel."""
+    clone = Path(rlkit.__file__).resolve().parents[1]
+    if not (clone / "pyproject.toml").is_file():  # else git would answer for whatever repository the virtual environment lies in
+        return {}
+    commit = _output("git", "-C", str(clone), "rev-parse", "HEAD").strip()
+    return {"commit": commit, "modified": bool(_output("git", "-C", str(clone), "status", "--porcelain"))} if commit else {}
+
+
+def write_rollouts(path: Path, rollouts: Sequence[Rollout], advantages: Sequence[float]) -> None:
+    """One row a rollout. Raises DataError when there is not one advantage for each."""
+    if len(rollouts) != len(advantages):
+        raise DataError(f"{path.name}: {len(rollouts)} rollouts came with {len(advantages)} advantages. Send one for each.")
+    rows = [_row(rollout, float(advantage)) for rollout, advantage in zip(rollouts, advantages, strict=True)]
+    columns = {name: pa.array([row[name] for row in rows], type=_ROLLOUT_SCHEMA.field(name).type) for name in _ROLLOUT_SCHEMA.names}
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(pa.table(columns, schema=_ROLLOUT_SCHEMA), temporary, compression="zstd")
+    os.replace(temporary, path)
+
+
+def _row(rollout: Rollout, advantage: float) -> dict[str, Any]:
+    row = {name: getattr(rollout, name) for name in _ROLLOUT_SCHEMA.names if name != "advantage"}
+    return row | {
+        "finish_reason": rollout.finish_reason.name,
+        "status": rollout.status.name,
+        "reward_components": json.dumps(rollout.reward_components),
+        "advantage": advantage if math.isfinite(advantage) else None,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _output(*command: str) -> str:
+    """What a command printed, or nothing where it is missing, fails or hangs: no run stops for want of a version."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (subprocess.SubprocessError, OSError):
+        return ""

@@ -1,0 +1,107 @@
+"""The one object that the training loop tells what happened."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rlkit.config import RunConfig, WandbTracking
+from rlkit.controller.tracking import files
+from rlkit.controller.tracking.console import open_display, printable
+from rlkit.controller.tracking.history import read_history
+from rlkit.controller.tracking.plots import write_plots
+from rlkit.controller.tracking.redaction import plain_settings, redact
+from rlkit.controller.tracking.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink
+from rlkit.controller.tracking.summary import summarise
+from rlkit.types import Rollout
+
+
+class Tracker:
+    """Records a run in its folder and shows it on the console. Steps are numbered from 1; step 0 is before the first.
+
+    `start_step` is the last step that an interrupted run in this folder had saved: what was measured after it is dropped,
+    because it will be measured again. Raises ConfigError when the folder holds another run, ResourceError when a chosen sink
+    cannot start.
+    """
+
+    def __init__(self, run_dir: Path, config: RunConfig, *, start_step: int = 0):
+        files.claim_folder(run_dir, resumes=start_step > 0)
+        self._run_dir, self._config, self._start_step = run_dir, config, start_step
+        self._started = time.monotonic()
+        settings = plain_settings(config)
+        self._sinks: list[Sink] = []
+        if isinstance(config.tracking, WandbTracking):  # first: where it fails, the folder is still empty
+            self._sinks.append(WandbSink(config.tracking, run_dir=run_dir, name=run_dir.name, config=settings))
+        files.write_settings(run_dir, config, settings)
+        files.write_versions(run_dir / "versions.json")
+        self._log = (run_dir / "log.txt").open("a", encoding="utf-8")
+        self._sinks.append(JsonlSink(run_dir / "metrics.jsonl", start_step=start_step))
+        self._sinks.append(TensorBoardSink(run_dir / "tensorboard", start_step=start_step))
+        self._display = open_display(
+            title=config.experiment_name, subtitle=str(run_dir), num_steps=config.num_steps, start_step=start_step
+        )
+        self._sinks.append(self._display)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is not None:
+            self._write_log(f"{kind.__name__}: {error}")  # the command line shows it; the folder keeps it
+        with ExitStack() as closing:  # each is closed, even where another fails to
+            closing.callback(self._log.close)
+            for sink in self._sinks:
+                closing.callback(sink.close)
+
+    def step(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """One training step: `timings` are named `time/*_s`; `time/step_s` is the whole, the others are disjoint parts of it."""
+        values = {name: float(value) for name, value in {**metrics, **timings}.items()}
+        for sink in self._sinks:
+            sink.step(step, values)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A held-out evaluation after `step`: names `evaluation/x`, intervals `evaluation/x_low` and `evaluation/x_high`."""
+        values = {name: float(value) for name, value in metrics.items()}
+        for sink in self._sinks:
+            sink.evaluation(step, values)
+
+    def rollouts(self, step: int, rollouts: Sequence[Rollout], advantages: Sequence[float]) -> None:
+        """Store a step's rollouts, every `tracking.save_rollouts_every` steps."""
+        every = self._config.tracking.save_rollouts_every
+        if every and step % every == 0:
+            files.write_rollouts(self._run_dir / "rollouts" / f"step_{step:06d}.parquet", rollouts, advantages)
+
+    def message(self, text: str) -> None:
+        """A line for the person who watches, kept in log.txt."""
+        text = redact(text)
+        self._write_log(text)
+        self._display.message(text)
+
+    def finish(self, *, checkpoint: Path | None, stopped: str | None) -> None:
+        """Plots and summary. `stopped` says why the run ended before its last step, None that it did not."""
+        history = read_history(self._run_dir / "metrics.jsonl")
+        summary = summarise(
+            history,
+            name=self._config.experiment_name,
+            run_dir=self._run_dir,
+            num_steps=self._config.num_steps,
+            start_step=self._start_step,
+            wall_s=time.monotonic() - self._started,
+            checkpoint=checkpoint,
+            stopped=None if stopped is None else redact(stopped),
+        )
+        files.write_atomically(self._run_dir / "summary.json", json.dumps(summary.to_json(), indent=2) + "\n")
+        files.write_atomically(self._run_dir / "summary.md", summary.markdown())
+        write_plots(history, self._run_dir / "plots")
+        self._display.summary(summary.text())
+
+    def _write_log(self, text: str) -> None:
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        self._log.write(f"{now}  {printable(redact(text))}\n")
+        self._log.flush()

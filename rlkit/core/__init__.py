@@ -1,0 +1,1 @@
+"""Pure mathematics of the methods: tensors in, tensors out."""

@@ -1,0 +1,92 @@
+"""The fixed chain from one microbatch's log-probabilities to its named loss terms."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlkit.core.divergences import Divergence
+from rlkit.core.entropy import EntropyTerm, Selector
+from rlkit.core.objectives import Objective, Surrogate
+from rlkit.core.ratios import Correction
+from rlkit.core.reduce import Aggregation, LossTerm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTerms:
+    """One microbatch's loss terms, "policy" first, and what its metrics are computed from."""
+
+    terms: list[LossTerm]
+    surrogate: Surrogate  # after the selector, before the correction's weight
+    keep: Tensor  # [B, T] bool, the policy term's mask: response_mask without the tokens a correction rejected
+
+
+@dataclass(kw_only=True, slots=True)
+class Strategy:
+    """The chosen parts of a run's loss. No part knows another, so none can drop another's term."""
+
+    objective: Objective
+    selector: Selector
+    correction: Correction
+    divergence: Divergence
+    entropy: EntropyTerm
+    aggregation: Aggregation  # of every term
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be computed for any of the parts."""
+        return self.objective.needs | self.selector.needs | self.correction.needs | self.divergence.needs | self.entropy.needs
+
+    def terms(
+        self,
+        *,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        rollout_logprobs: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        divergence_coef: float | None,
+        entropy_coef: float | None,
+        behaviour_logprobs: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+        entropy: Tensor | None = None,
+        exact_divergence: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> StepTerms:
+        """Objective -> selector -> correction, then divergence and entropy beside them. All tensors [B, T].
+
+        A choice of `none` builds no term; its coefficient is None. The others' coefficients come from their controllers. The
+        correction's weight multiplies the policy term only, and only that term loses the tokens it rejects: divergence and
+        entropy stay on the whole response_mask. behaviour_logprobs, of the policy that sampled, are old_logprobs unless
+        given: pass rollout_logprobs for a stale or replayed batch.
+        """
+        surrogate = self.objective(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, response_mask=response_mask)
+        surrogate = self.selector(
+            surrogate,
+            logprobs=logprobs,
+            old_logprobs=old_logprobs,
+            advantages=advantages,
+            response_mask=response_mask,
+            generator=generator,
+        )
+        weights = self.correction(old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs, response_mask=response_mask)
+        keep, policy_loss = response_mask, surrogate.loss
+        if weights is not None:
+            keep, policy_loss = weights.keep, surrogate.loss * weights.weight.masked_fill(~weights.keep, 0.0)
+        divergence_loss = self.divergence.loss(
+            logprobs=logprobs,
+            behaviour_logprobs=old_logprobs if behaviour_logprobs is None else behaviour_logprobs,
+            ref_logprobs=ref_logprobs,
+            response_mask=response_mask,
+            exact_values=exact_divergence,
+        )
+        terms = [self._term("policy", policy_loss, keep, 1.0)]
+        if divergence_loss is not None:
+            terms.append(self._term("divergence", divergence_loss, response_mask, divergence_coef))
+        if (entropy_loss := self.entropy.loss(entropy=entropy)) is not None:
+            terms.append(self._term("entropy", entropy_loss, response_mask, entropy_coef))
+        return StepTerms(terms=terms, surrogate=surrogate, keep=keep)
+
+    def _term(self, name: str, loss: Tensor, mask: Tensor, coef: float | None) -> LossTerm:
+        assert coef is not None, f"the {name} term is on: pass {name}_coef"
+        return LossTerm(name=name, loss=loss, mask=mask, coef=coef, aggregation=self.aggregation)

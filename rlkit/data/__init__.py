@@ -1,0 +1,1 @@
+"""Prompts, rewards, environments and models: what a run reads."""

@@ -1,0 +1,99 @@
+"""Rollouts -> TrainBatch, and TrainBatch -> microbatches under a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlkit.types import Origin, Rollout, TrainBatch
+
+
+def pad_rows(rows: Sequence[np.ndarray | Sequence[int]], dtype: torch.dtype, *, width: int | None = None) -> Tensor:
+    """[B, width], right-padded with 0, which is finite and a valid token id."""
+    width = max((len(row) for row in rows), default=0) if width is None else width
+    out = torch.zeros(len(rows), width, dtype=dtype)
+    for index, row in enumerate(rows):
+        out[index, : len(row)] = torch.as_tensor(np.asarray(row), dtype=dtype)
+    return out
+
+
+def response_mask(rollouts: Sequence[Rollout]) -> Tensor:
+    """[B, T] bool: tokens that the policy sampled. From lengths and origins, never from token values."""
+    return pad_rows([rollout.origin == Origin.policy for rollout in rollouts], torch.bool)
+
+
+def token_rewards(rollouts: Sequence[Rollout]) -> Tensor:
+    """[B, T] float32."""
+    return pad_rows([rollout.token_rewards for rollout in rollouts], torch.float32)
+
+
+def group_index(rollouts: Sequence[Rollout]) -> Tensor:
+    """[B] int64: rows with equal numbers are responses to one prompt."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(rollout.group_id, len(numbers)) for rollout in rollouts], dtype=torch.int64)
+
+
+def collate(
+    rollouts: Sequence[Rollout],
+    advantages: Tensor,
+    *,
+    ref_logprobs: Sequence[np.ndarray] | None = None,
+    ref_hidden: Sequence[np.ndarray] | None = None,
+) -> TrainBatch:
+    """One padded batch; `ref_logprobs` [T] and `ref_hidden` [T, H] come per rollout, as scorers return them."""
+    mask = response_mask(rollouts)
+    width = mask.shape[1]
+    hidden = None
+    if ref_hidden is not None:
+        hidden = torch.zeros(len(rollouts), width, ref_hidden[0].shape[1])
+        for index, row in enumerate(ref_hidden):
+            hidden[index, : len(row)] = torch.from_numpy(row)
+    return TrainBatch(
+        sample_ids=tuple(rollout.sample_id for rollout in rollouts),
+        input_ids=pad_rows([[*rollout.prompt_ids, *rollout.response_ids.tolist()] for rollout in rollouts], torch.int64),
+        prompt_lengths=torch.tensor([len(rollout.prompt_ids) for rollout in rollouts], dtype=torch.int64),
+        response_lengths=torch.tensor([len(rollout.response_ids) for rollout in rollouts], dtype=torch.int64),
+        response_mask=mask,
+        advantages=advantages,
+        rollout_logprobs=pad_rows([rollout.rollout_logprobs for rollout in rollouts], torch.float32, width=width),
+        ref_logprobs=None if ref_logprobs is None else pad_rows(ref_logprobs, torch.float32, width=width),
+        ref_hidden=hidden,
+    )
+
+
+def minibatches(batch: TrainBatch, count: int, *, seed: int) -> list[TrainBatch]:
+    """`count` disjoint parts of nearly equal size, in an order drawn from `seed`. Whole groups are not kept together: the
+    advantages are already computed."""
+    if count == 1:
+        return [batch]
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(batch.num_rows)
+    return [batch.select(part.tolist()) for part in np.array_split(order, count)]
+
+
+def split_ranks(batch: TrainBatch, num_ranks: int) -> list[TrainBatch]:
+    """One part per rank, rows dealt out by length so that ranks finish together."""
+    if num_ranks == 1:
+        return [batch]
+    order = batch.lengths.argsort(descending=True, stable=True).tolist()
+    return [batch.select(order[rank::num_ranks]) for rank in range(num_ranks)]
+
+
+def plan_microbatches(lengths: Tensor, *, token_budget: int) -> list[list[int]]:
+    """Rows [B] grouped so that rows x longest row stays within the budget: length-sorted, so little of it is padding.
+
+    A row longer than the budget gets a microbatch of its own. The plan cannot change the gradient: every denominator is
+    counted over the whole step.
+    """
+    plan: list[list[int]] = []
+    longest = 0
+    for row in lengths.argsort(descending=True, stable=True).tolist():
+        length = int(lengths[row])
+        if plan and (len(plan[-1]) + 1) * longest <= token_budget:
+            plan[-1].append(row)
+        else:
+            plan.append([row])
+            longest = length
+    return plan

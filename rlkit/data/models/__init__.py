@@ -1,0 +1,1 @@
+"""Loads, builds, runs and saves models."""

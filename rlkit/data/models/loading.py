@@ -1,0 +1,92 @@
+"""Finds, loads and saves models in Hugging Face format."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlkit.errors import ConfigError, ResourceError
+
+SHIPPED = Path(__file__).parent  # built-in models that travel in the package
+
+
+def cache_dir() -> Path:
+    """Where converted and downloaded models are kept: $RLKIT_CACHE, or ~/.cache/rlkit."""
+    return Path(os.environ.get("RLKIT_CACHE", Path.home() / ".cache" / "rlkit"))
+
+
+def resolve(path: str) -> str:
+    """`model.path` as a folder: a built-in model's name, a folder, or a hub id (downloaded, or found in the hub's cache).
+
+    Raises ConfigError or ResourceError with what to do instead.
+    """
+    if path == "tiny":
+        return str(SHIPPED / "tiny")
+    if path == "smollm2_135m":
+        folder = cache_dir() / "models" / "smollm2_135m"
+        if not (folder / "config.json").exists():
+            raise ResourceError("model=smollm2_135m is not on this machine yet: run `rlkit model fetch smollm2_135m` once.")
+        return str(folder)
+    if (Path(path) / "config.json").exists():
+        return str(Path(path).resolve())
+    if path.count("/") != 1 or path.startswith((".", "/", "~")) or Path(path).exists():
+        raise ConfigError(
+            f"model.path={path}: no config.json there. Write a folder in Hugging Face format, a hub id such as "
+            "Qwen/Qwen3-0.6B, tiny, or smollm2_135m."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ResourceError(
+            f"model.path={path}: not a folder here, and the hub could not provide it ({type(error).__name__}). "
+            "Check the name and the connection, or write a folder."
+        ) from error
+
+
+def load_model(folder: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model in `folder`, without gradients or dropout until asked."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+    )
+    if getattr(model.config, "final_logit_softcapping", None):
+        raise ConfigError(f"model.path={folder}: its logits are soft-capped, which the chunked output head does not compute.")
+    return model.eval()
+
+
+def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def context_length(folder: str, *, trust_remote_code: bool = False) -> int | None:
+    """Positions that the model was built for, or None where its config does not say."""
+    return getattr(
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), "max_position_embeddings", None
+    )
+
+
+def stop_token_ids(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a response: the tokenizer's own, and all that the model's generation_config names."""
+    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    file = Path(folder) / "generation_config.json"
+    if file.exists():
+        eos = json.loads(file.read_text()).get("eos_token_id")
+        ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    if not ids:
+        raise ConfigError(f"model.path={folder}: no end-of-sequence token in its tokenizer or generation_config.json. Add one.")
+    return tuple(sorted(ids))
+
+
+def copy_tokenizer_files(source: str, target: Path) -> None:
+    """Everything in a model folder but weights and their index: tokenizer, chat template, generation settings."""
+    for file in Path(source).iterdir():
+        if file.is_file() and not file.name.startswith("model") and file.suffix not in {".safetensors", ".gguf", ".bin"}:
+            if file.name != "config.json":
+                shutil.copyfile(file, target / file.name)

@@ -1,0 +1,5 @@
+"""Finds reward functions and runs them in processes that can be killed."""
+
+from rlkit.data.rewards.functions import group_wise
+
+__all__ = ["group_wise"]

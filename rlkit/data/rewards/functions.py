@@ -1,0 +1,156 @@
+"""Finds a reward function and reads what it asks for. Workers import this file, so it may not import torch.
+
+A reward function is `def reward(prompts, completions, <columns>, **columns) -> list[float | None]`, plain or async: text in,
+one number per completion out, None for a row it cannot judge. A named argument is a column of the data set.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any, TypeVar
+
+from rlkit.errors import ConfigError, DataError
+from rlkit.resources import reward_fns_dir
+
+F = TypeVar("F", bound=Callable)
+TEXTS = ("prompts", "completions")
+
+
+def group_wise(function: F) -> F:
+    """Marks a reward function that compares: each call gets all completions of one prompt, not a list of one."""
+    function.group_wise = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardSignature:
+    """What a reward function takes, as its worker read it."""
+
+    name: str  # as in `reward.fn`
+    texts: tuple[str, ...]  # those of `prompts` and `completions` that it takes
+    columns: tuple[str, ...]  # without these it cannot be called
+    optional_columns: tuple[str, ...]  # these have defaults
+    takes_all_columns: bool  # it ends in **columns
+    group_wise: bool
+
+    def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a row to send. Raises DataError for a column that is needed and missing."""
+        for name in self.columns:
+            if name not in columns:
+                listed = ", ".join(columns)
+                raise DataError(f"{self.name} needs a column {name}. The columns are {listed}; write data.columns.{name}=<one of them>.")
+        if self.takes_all_columns:
+            return {name: value for name, value in columns.items() if name not in TEXTS}
+        return {name: columns[name] for name in (*self.columns, *self.optional_columns) if name in columns}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Location:
+    """Where a reward function is: a file or a module, and a name in it."""
+
+    name: str  # as in `reward.fn`
+    file: Path | None
+    module: str | None
+    function: str
+    import_path: Path | None  # put first on sys.path, so that the function's own imports work
+
+
+def locate(name: str, base_dir: Path) -> Location:
+    """Resolves `reward.fn` without running any of its code. Raises ConfigError when the file or the module is missing."""
+    place, colon, function = name.rpartition(":")
+    if not colon:
+        return _locate_shipped(name)
+    if not place or not function.isidentifier():
+        raise ConfigError(f"reward.fn={name}: write file.py:function or package.module:function.")
+    if place.endswith(".py"):
+        file = (base_dir / Path(place).expanduser()).resolve()
+        if not file.is_file():
+            there = _listed(sorted(path.name for path in file.parent.glob("*.py"))) if file.parent.is_dir() else "no such folder"
+            raise ConfigError(f"reward.fn={name}: there is no file {file}. Python files in {file.parent}: {there}.")
+        return Location(name=name, file=file, module=None, function=function, import_path=file.parent)
+    _check_module(name, place, base_dir)
+    return Location(name=name, file=None, module=place, function=function, import_path=base_dir)
+
+
+def _locate_shipped(name: str) -> Location:
+    folder = reward_fns_dir()
+    file = folder / f"{name}.py"
+    if not name.isidentifier() or not file.is_file():
+        shipped = _listed(sorted(path.stem for path in folder.glob("*.py")))
+        raise ConfigError(
+            f"reward.fn={name}: reward_fns/ has {shipped}. Write one of these, or file.py:function, or package.module:function."
+        )
+    return Location(name=name, file=file, module=None, function="reward", import_path=None)
+
+
+def _check_module(name: str, module: str, base_dir: Path) -> None:
+    # importlib.util.find_spec would import the parent packages: user code, in a process that must not hang.
+    path: Iterable[str] = [str(base_dir), *sys.path]
+    for depth, part in enumerate(parts := module.split("."), start=1):
+        spec = PathFinder.find_spec(part, list(path))
+        if spec is None:
+            missing, parent = ".".join(parts[:depth]), ".".join(parts[: depth - 1])
+            if parent:
+                hint = f"{parent} has {_listed(sorted(info.name for info in iter_modules(path)))}"
+            else:
+                hint = f"{base_dir} has {_listed(sorted(info.name for info in iter_modules([str(base_dir)])))}"
+            raise ConfigError(f"reward.fn={name}: there is no module {missing}; {hint}. Install it, or correct its name.")
+        if depth < len(parts) and spec.submodule_search_locations is None:
+            raise ConfigError(f"reward.fn={name}: {'.'.join(parts[:depth])} is a module, not a package. Correct the name.")
+        path = spec.submodule_search_locations or []
+
+
+def load(location: Location) -> tuple[Callable, RewardSignature]:
+    """Imports the function: runs user code, so only a worker calls this. Raises ConfigError when the module has no such function."""
+    if location.import_path is not None:
+        sys.path.insert(0, str(location.import_path))
+    if location.file is not None:
+        module = _import_file(location.file)
+    else:
+        assert location.module is not None
+        module = import_module(location.module)
+    function = getattr(module, location.function, None)
+    if not callable(function):
+        own = sorted(name for name, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__)
+        raise ConfigError(f"reward.fn={location.name}: there is no function {location.function}. Its functions are {_listed(own)}.")
+    return function, _read_signature(location.name, function)
+
+
+def _import_file(file: Path) -> ModuleType:
+    # Under a package name of its own: reward_fns/format.py must not be found by somebody else's `import format`.
+    spec = spec_from_file_location(f"reward_fns.{file.stem}", file)
+    assert spec is not None and spec.loader is not None, file
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _read_signature(name: str, function: Callable) -> RewardSignature:
+    parameters = list(inspect.signature(function).parameters.values())
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    named = {parameter.name: parameter for parameter in parameters if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)}
+    if "completions" not in named and not takes_all:
+        raise ConfigError(f"reward.fn={name}: takes ({', '.join(named)}). Write def {function.__name__}(prompts, completions, **columns).")
+    columns = {name: parameter for name, parameter in named.items() if name not in TEXTS}
+    return RewardSignature(
+        name=name,
+        texts=tuple(text for text in TEXTS if text in named or takes_all),
+        columns=tuple(name for name, parameter in columns.items() if parameter.default is parameter.empty),
+        optional_columns=tuple(name for name, parameter in columns.items() if parameter.default is not parameter.empty),
+        takes_all_columns=takes_all,
+        group_wise=bool(getattr(function, "group_wise", False)),
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if names else "none"

@@ -1,0 +1,52 @@
+"""Frames of JSON over a socket, between the pool and its workers: never pickle, and apart from anything user code prints."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from typing import Any
+
+HEADER = struct.Struct(">I")  # the length of the JSON that follows, in bytes
+
+
+class Channel:
+    """One end of a socket that carries JSON objects."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection = connection
+        self._buffer = bytearray()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Raises OSError when the other end is gone, TimeoutError when it does not read."""
+        payload = json.dumps(message).encode("ascii")
+        self._connection.sendall(HEADER.pack(len(payload)) + payload)
+
+    def receive(self, timeout_s: float | None = None) -> dict[str, Any] | None:
+        """The next message; None at the end of the stream. Raises TimeoutError when nothing complete arrives in time.
+
+        What has arrived when time is up is kept for the next call. `timeout_s` bounds each read of the socket.
+        """
+        self._connection.settimeout(timeout_s)
+        while (message := self._pop()) is None:
+            try:
+                chunk = self._connection.recv(1 << 16)
+            except (ConnectionResetError, BrokenPipeError):
+                return None
+            if not chunk:
+                return None
+            self._buffer += chunk
+        return message
+
+    def _pop(self) -> dict[str, Any] | None:
+        if len(self._buffer) < HEADER.size:
+            return None
+        end = HEADER.size + HEADER.unpack_from(self._buffer)[0]
+        if len(self._buffer) < end:
+            return None
+        message = json.loads(self._buffer[HEADER.size : end])
+        del self._buffer[:end]
+        return message
+
+    def close(self) -> None:
+        self._connection.close()

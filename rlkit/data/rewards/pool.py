@@ -1,0 +1,343 @@
+"""Scores completions with a user's function, in processes that can be killed, off the critical path.
+
+A failed reward is never a number. It is an `error` or a `timeout`, and above `reward.max_error_rate` the run stops.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlkit.config import Reward
+from rlkit.data.rewards.functions import RewardSignature, locate
+from rlkit.data.rewards.process import WorkerDied, WorkerHung, WorkerProcess
+from rlkit.errors import DataError, RewardError, RlkitError
+from rlkit.types import RewardResult, RewardStatus
+
+logger = logging.getLogger(__name__)
+
+START_LIMIT_S = 60.0  # to start Python and import the function
+ERROR_WINDOW = 200  # samples over which `reward.max_error_rate` is judged
+MIN_ALL_FAILED = 8  # a function that failed on all of its first samples is not waited for any longer
+MAX_ATTEMPTS = 2  # of a call whose worker died
+CHUNK_S = 0.05  # work sent in one message: enough to hide its cost, little enough to share out evenly
+MAX_CHUNK = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardItem:
+    """One completion to score. `columns` is its row of the data set."""
+
+    sample_id: str
+    group_id: str
+    prompt: str
+    completion: str
+    columns: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class _Job:
+    """One `submit`: results in the order of its items."""
+
+    future: Future[list[RewardResult]]
+    results: list[RewardResult | None]
+    num_left: int
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of the function: one item, or a group."""
+
+    job: _Job
+    positions: list[int]
+    sample_ids: list[str]
+    message: dict[str, Any]
+    num_attempts: int = field(default=0)
+
+
+class RewardPool:
+    """`reward.num_workers` processes that run `reward.fn`. Use it as a context manager, or call `close`."""
+
+    def __init__(self, settings: Reward, *, base_dir: Path, start_limit_s: float = START_LIMIT_S):
+        """Starts the workers and waits for them. Raises ConfigError when the function cannot be found or imported.
+
+        `base_dir`: where `file.py:function` and `package.module:function` are looked up, and the function's working directory.
+        """
+        self._settings, self._base_dir, self._start_limit_s = settings, base_dir.resolve(), start_limit_s
+        locate(settings.fn, self._base_dir)
+        self._changed = threading.Condition()  # guards everything below
+        self._calls: deque[_Call] = deque()
+        self._jobs: list[_Job] = []
+        self._workers: dict[int, WorkerProcess] = {}  # by slot
+        self._signature: RewardSignature | None = None
+        self._failure: RlkitError | None = None
+        self._closed = False
+        self._call_s = CHUNK_S / 8  # a running mean of how long a call takes
+        self._recent: deque[bool] = deque(maxlen=ERROR_WINDOW)  # True: failed
+        self._num_seen = self._num_failed = 0
+        self._first_failure = ""
+        self._num_ready = 0
+        # A thread per worker, for the worker's whole life: the kernel kills a worker when its thread ends.
+        self._threads = [threading.Thread(target=self._serve, args=(slot,), daemon=True) for slot in range(settings.num_workers)]
+        for thread in self._threads:
+            thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or self._num_ready == settings.num_workers)
+            failure = self._failure
+        if failure is not None:
+            self.close()
+            raise failure
+
+    @property
+    def signature(self) -> RewardSignature:
+        """What the function asks for."""
+        assert self._signature is not None  # the constructor waited for it
+        return self._signature
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Of the workers alive now."""
+        with self._changed:
+            return [worker.pid for worker in self._workers.values()]
+
+    def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
+        """`submit` and wait."""
+        return self.submit(items).result()
+
+    def submit(self, items: Sequence[RewardItem]) -> Future[list[RewardResult]]:
+        """Queues the items; the future's results are in their order. A group-wise function sees together those of one `group_id`.
+
+        Raises DataError, here, for a column that the function needs and lacks or that cannot be sent; the future raises
+        RewardError above the error rate, and DataError when the function does not return one value per completion.
+        """
+        future: Future[list[RewardResult]] = Future()
+        job = _Job(future=future, results=[None] * len(items), num_left=len(items))
+        calls = self._calls_for(job, items)
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            if self._closed:
+                raise RewardError(f"reward.fn={self._settings.fn}: its pool is closed. Open a new one.")
+            if calls:
+                self._jobs.append(job)
+                self._calls.extend(calls)
+                self._changed.notify_all()
+        if not calls:
+            future.set_result([])
+        return future
+
+    def close(self) -> None:
+        """Kills the workers and what they started. Jobs still queued end in a RewardError."""
+        with self._changed:
+            self._closed = True
+            workers = list(self._workers.values())
+            jobs, self._jobs = self._jobs, []
+            self._calls.clear()
+            self._changed.notify_all()
+        for worker in workers:
+            worker.kill()
+        for thread in self._threads:
+            thread.join()
+        for job in jobs:
+            job.future.set_exception(RewardError(f"reward.fn={self._settings.fn}: its pool was closed before it had scored everything."))
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _calls_for(self, job: _Job, items: Sequence[RewardItem]) -> list[_Call]:
+        groups: dict[Any, list[int]] = {}
+        for position, item in enumerate(items):
+            groups.setdefault(item.group_id if self.signature.group_wise else position, []).append(position)
+        calls = []
+        for positions in groups.values():
+            members = [items[position] for position in positions]
+            rows = [self.signature.select(item.columns) for item in members]
+            columns = {
+                name: [_plain(row.get(name), name, item.sample_id) for row, item in zip(rows, members, strict=True)] for name in rows[0]
+            }
+            prompts, completions = [item.prompt for item in members], [item.completion for item in members]
+            message = {"prompts": prompts, "completions": completions, "columns": columns}
+            calls.append(_Call(job=job, positions=positions, sample_ids=[item.sample_id for item in members], message=message))
+        return calls
+
+    def _serve(self, slot: int) -> None:
+        """A thread: keeps one worker alive and feeds it until the pool closes or fails."""
+        try:
+            while (worker := self._start(slot)) is not None:
+                try:
+                    self._welcome(worker.wait_until_ready())
+                    while (calls := self._take()) and self._run(worker, calls):
+                        pass
+                finally:
+                    with self._changed:
+                        del self._workers[slot]
+                    worker.reap()
+        except RlkitError as error:
+            self._fail(error)
+        except Exception as error:  # a bug of ours must not leave callers waiting for ever
+            self._fail(RewardError(f"reward.fn={self._settings.fn}: the pool itself broke: {error!r}. Please report it."))
+            raise
+
+    def _start(self, slot: int) -> WorkerProcess | None:
+        with self._changed:
+            if self._closed or self._failure is not None:
+                return None
+            worker = WorkerProcess(self._settings.fn, self._base_dir, start_limit_s=self._start_limit_s)
+            self._workers[slot] = worker
+            return worker
+
+    def _welcome(self, signature: RewardSignature) -> None:
+        with self._changed:
+            if self._signature is not None and signature != self._signature:
+                raise RewardError(f"reward.fn={self._settings.fn}: its file changed its arguments during the run. Start the run again.")
+            self._signature = signature
+            self._num_ready += 1
+            self._changed.notify_all()
+
+    def _take(self) -> list[_Call]:
+        """The next calls for one worker; empty when there will be no more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._calls or self._closed or self._failure is not None)
+            if self._closed or self._failure is not None:
+                return []
+            share = -(-len(self._calls) // self._settings.num_workers)
+            size = max(1, min(int(CHUNK_S / self._call_s), share, MAX_CHUNK))
+            return [self._calls.popleft() for _ in range(size)]
+
+    def _run(self, worker: WorkerProcess, calls: list[_Call]) -> bool:
+        """Whether the worker can take more. What it did not answer is finished or queued again."""
+        num_answered, started = 0, time.monotonic()
+        try:
+            for answer in worker.run([call.message for call in calls], limit_s=self._settings.timeout_s):
+                self._finish(calls[num_answered], answer)
+                num_answered += 1
+        except WorkerHung:
+            worker.kill()
+            self._put_back(calls[num_answered + 1 :])
+            summary = f"no answer within reward.timeout_s={self._settings.timeout_s:g}; its worker was killed"
+            self._finish(calls[num_answered], {"timeout": {"summary": summary, "traceback": ""}})
+            return False
+        except WorkerDied as death:
+            self._blame(calls[num_answered], death)
+            self._put_back(calls[num_answered + 1 :])
+            return False
+        finally:
+            self._call_s = 0.5 * (self._call_s + (time.monotonic() - started) / len(calls))
+        return True
+
+    def _blame(self, call: _Call, death: WorkerDied) -> None:
+        """One more attempt for the call a worker died in: the cause may have come from outside."""
+        call.num_attempts += 1
+        if call.num_attempts < MAX_ATTEMPTS:
+            logger.info("A reward worker %s in sample %s; trying it once more.", death, call.sample_ids[0])
+            self._put_back([call])
+        else:
+            self._finish(call, {"error": {"summary": f"its worker {death}, {MAX_ATTEMPTS} times", "traceback": ""}})
+
+    def _put_back(self, calls: list[_Call]) -> None:
+        with self._changed:
+            self._calls.extendleft(reversed(calls))
+            self._changed.notify_all()
+
+    def _finish(self, call: _Call, answer: Mapping[str, Any]) -> None:
+        if "contract" in answer:
+            self._fail(DataError(f"reward.fn={self._settings.fn} {answer['contract']} (sample {call.sample_ids[0]}). Fix what it returns."))
+            return
+        results = _read_answer(call, answer)
+        details = next((answer[kind]["traceback"] for kind in ("error", "timeout") if kind in answer), "")
+        with self._changed:
+            for position, result in zip(call.positions, results, strict=True):
+                call.job.results[position] = result
+                self._count(result, details)
+            call.job.num_left -= len(results)
+            is_done = call.job.num_left == 0 and call.job in self._jobs  # not when the pool failed or was closed meanwhile
+            if is_done:
+                self._jobs.remove(call.job)
+            failure = self._judge()
+        if failure is not None:
+            self._fail(failure)
+        if is_done:
+            call.job.future.set_result([result for result in call.job.results if result is not None])
+
+    def _count(self, result: RewardResult, details: str) -> None:
+        failed = result.status in (RewardStatus.error, RewardStatus.timeout)
+        self._recent.append(failed)
+        self._num_seen += 1
+        self._num_failed += failed
+        if failed and not self._first_failure:
+            self._first_failure = f"sample {result.sample_id}: {result.message}"
+            logger.warning("reward.fn=%s failed on %s%s", self._settings.fn, self._first_failure, details and f"\n{details}")
+
+    def _judge(self) -> RewardError | None:
+        """Before the window is full, only a count that no later success could make acceptable counts, or nothing but failures."""
+        num_failed = sum(self._recent)
+        limit = self._settings.max_error_rate
+        hopeless = self._num_failed == self._num_seen >= MIN_ALL_FAILED and limit < 1
+        if num_failed <= limit * ERROR_WINDOW and not hopeless:
+            return None
+        return RewardError(
+            f"reward.fn={self._settings.fn}: {num_failed} of the last {len(self._recent)} samples failed, more than "
+            f"reward.max_error_rate={limit:g} of {ERROR_WINDOW} allows. The first was {self._first_failure}. "
+            f"Fix the function, or let it return None for a sample it cannot judge."
+        )
+
+    def _fail(self, failure: RlkitError) -> None:
+        """Ends every job with `failure`. The first one stays."""
+        with self._changed:
+            if self._closed or self._failure is not None:
+                return
+            self._failure = failure
+            jobs, self._jobs = self._jobs, []
+            self._calls.clear()
+            workers = list(self._workers.values())
+            self._changed.notify_all()
+        for worker in workers:
+            worker.kill()
+        for job in jobs:
+            job.future.set_exception(failure)
+
+
+def _read_answer(call: _Call, answer: Mapping[str, Any]) -> list[RewardResult]:
+    for kind in (RewardStatus.timeout, RewardStatus.error):
+        if kind.value in answer:
+            message = answer[kind.value]["summary"]
+            return [RewardResult(sample_id=sample_id, status=kind, message=message) for sample_id in call.sample_ids]
+    results = []
+    for sample_id, (reward, *problem) in zip(call.sample_ids, answer["values"], strict=True):
+        if problem:
+            results.append(RewardResult(sample_id=sample_id, status=RewardStatus.error, message=problem[0]))
+        elif reward is None:
+            results.append(RewardResult(sample_id=sample_id, status=RewardStatus.skipped))
+        else:
+            results.append(RewardResult(sample_id=sample_id, status=RewardStatus.ok, reward=reward))
+    return results
+
+
+def _plain(value: Any, column: str, sample_id: str) -> Any:
+    """`value` as JSON can carry it. Raises DataError."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    elif isinstance(value, np.ndarray):
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(part, column, sample_id) for part in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(part, column, sample_id) for key, part in value.items()}
+    raise DataError(
+        f"column {column} of sample {sample_id} holds a {type(value).__name__}, which cannot be sent to a reward function. Store it as "
+        f"text or numbers; or name the columns that the function needs as its arguments, without **columns."
+    )

@@ -1,0 +1,146 @@
+"""One worker process: started, given calls, watched against the clock, killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlkit.data.rewards.functions import RewardSignature
+from rlkit.data.rewards.messages import Channel
+from rlkit.errors import ConfigError, RewardError
+
+POLL_S = 0.5  # how often a silent worker is checked for being alive; its death normally closes the channel at once
+
+
+class WorkerHung(Exception):
+    """The call that the worker was busy with ran past its limit."""
+
+
+class WorkerDied(Exception):
+    """The worker ended by itself. Its message says how."""
+
+
+class WorkerProcess:
+    """A reward worker in a session of its own, so that it and what it started are killed together.
+
+    The kernel kills it when the thread that constructed it ends: the thread that uses it must be that one.
+    """
+
+    def __init__(self, name: str, base_dir: Path, *, start_limit_s: float):
+        """Starts the process; `wait_until_ready` waits for it."""
+        self._name, self._start_limit_s = name, start_limit_s
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-P", "-m", "rlkit.data.rewards.worker"]  # -P: a json.py in base_dir must not stand in for Python's own
+        with theirs:
+            self._process = subprocess.Popen(
+                [*command, str(theirs.fileno()), str(os.getpid()), name, str(base_dir)],
+                cwd=base_dir,
+                env={"OMP_NUM_THREADS": "1", **os.environ},  # the cores belong to the engine and the learner
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what the function prints is for people to see, and standard output may be a program's input
+                start_new_session=True,
+            )
+        self._channel = Channel(ours)
+        self._reaping = threading.Lock()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_until_ready(self) -> RewardSignature:
+        """Raises ConfigError when the function cannot be imported, RewardError when that takes too long."""
+        try:
+            hello = self._receive(time.monotonic() + self._start_limit_s)
+        except WorkerHung:
+            raise RewardError(
+                f"reward.fn={self._name}: importing it took longer than {self._start_limit_s:g} s. Move slow work out of its top level."
+            ) from None
+        except WorkerDied as death:
+            raise RewardError(f"reward.fn={self._name}: its worker {death} while importing it. See its output above.") from None
+        if "config_error" in hello:
+            raise ConfigError(hello["config_error"])
+        if "import_error" in hello:
+            error = hello["import_error"]
+            raise ConfigError(f"reward.fn={self._name}: importing it raised {error['summary']}. Fix the file.\n{error['traceback']}")
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in hello["signature"].items()}
+        return RewardSignature(**fields)
+
+    def run(self, calls: list[dict[str, Any]], *, limit_s: float) -> Iterator[dict[str, Any]]:
+        """Yields the answer to each call, in order. Raises WorkerHung or WorkerDied at the first that has none.
+
+        The limit counts from the moment the worker says it begins a call.
+        """
+        deadline = time.monotonic() + self._start_limit_s
+        try:
+            self._channel.send({"calls": calls})
+        except TimeoutError:
+            raise WorkerHung from None
+        except OSError:
+            raise WorkerDied(self._how_it_ended()) from None
+        answered = 0
+        while answered < len(calls):
+            message = self._receive(deadline)
+            if "begin" in message:
+                deadline = time.monotonic() + limit_s
+            else:
+                deadline = time.monotonic() + self._start_limit_s
+                answered += 1
+                yield message
+
+    def kill(self) -> None:
+        """Ends the process group. Safe from any thread, any number of times; `reap` must follow on the owner's."""
+        with self._reaping:
+            if self._process.returncode is None:  # not yet reaped, so the number is still ours
+                try:
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                except (ProcessLookupError, PermissionError):  # only the zombie is left
+                    pass
+
+    def reap(self) -> int:
+        """Kills what is left and collects the exit status."""
+        self.kill()
+        with self._reaping:
+            returncode = self._process.wait()
+        self._channel.close()
+        return returncode
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        while True:
+            remaining = deadline - time.monotonic()
+            try:
+                # At least one look at the socket: an answer that waits there was in time, even if we come late.
+                message = self._channel.receive(timeout_s=min(max(remaining, 0.001), POLL_S))
+            except TimeoutError:
+                if remaining <= 0:
+                    raise WorkerHung from None
+                if self._has_ended():  # and a program it started holds the channel open
+                    raise WorkerDied(self._how_it_ended()) from None
+                continue
+            if message is None:
+                raise WorkerDied(self._how_it_ended())
+            return message
+
+    def _has_ended(self) -> bool:
+        # WNOWAIT leaves the zombie, so the process number stays ours until `reap`.
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def _how_it_ended(self) -> str:
+        end = time.monotonic() + 1.0
+        while not self._has_ended():
+            if time.monotonic() > end:
+                return "closed its channel"
+            time.sleep(0.01)
+        status = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        assert status is not None
+        if status.si_code == os.CLD_EXITED:
+            return f"exited with code {status.si_status}"
+        return f"was killed by {signal.Signals(status.si_status).name}"

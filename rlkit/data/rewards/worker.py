@@ -1,0 +1,124 @@
+"""The process that runs a reward function: `python -m rlkit.data.rewards.worker`, started and killed by `process.py`.
+
+It starts in a fraction of a second because neither it nor what it imports touches torch. Tracebacks, not policies: what a
+failure means is decided by the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import inspect
+import math
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlkit.data.rewards.functions import RewardSignature, load, locate
+from rlkit.data.rewards.messages import Channel
+from rlkit.errors import ConfigError
+
+TRACEBACK_LINES = 8
+
+
+def main(arguments: list[str]) -> None:
+    fd, parent_pid, name, base_dir = int(arguments[0]), int(arguments[1]), arguments[2], Path(arguments[3])
+    _die_with(parent_pid)
+    os.set_inheritable(fd, False)  # a program that the function starts must not hold the channel open
+    channel = Channel(socket.socket(fileno=fd))
+    try:
+        function, signature = load(locate(name, base_dir))
+    except ConfigError as error:
+        channel.send({"config_error": str(error)})
+        return
+    except BaseException as error:  # whatever user code raises while it is imported, SystemExit included
+        channel.send({"import_error": _describe(error)})
+        return
+    channel.send({"signature": asdict(signature)})
+    with asyncio.Runner() as runner:  # one event loop, so that an async function may keep its connections
+        while (message := channel.receive()) is not None:
+            for index, call in enumerate(message["calls"]):
+                channel.send({"begin": index})
+                channel.send({"end": index, **_answer(function, signature, call, runner)})
+
+
+def _die_with(parent_pid: int) -> None:
+    """The kernel kills this process when the thread that started it ends, even by SIGKILL."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it was gone before the line above
+        os._exit(1)
+
+
+def _answer(function: Callable, signature: RewardSignature, call: dict[str, Any], runner: asyncio.Runner) -> dict[str, Any]:
+    """{"values": one of [number] | [None] | [None, what is wrong] per completion}, or {"error"} or {"contract"} for the call."""
+    num_completions = len(call["completions"])
+    texts = {name: call[name] for name in signature.texts}
+    try:
+        returned = function(**texts, **call["columns"])
+        if inspect.isawaitable(returned):
+            returned = runner.run(_wait_for(returned))
+        if hasattr(returned, "tolist"):  # an array or a tensor, of a package that is not imported here
+            returned = returned.tolist()
+    except BaseException as error:  # a function that calls sys.exit failed on this sample, not on the run
+        return {"error": _describe(error)}
+    expected = f"a list of {num_completions} numbers or None, one per completion"
+    if not isinstance(returned, list | tuple):
+        return {"contract": f"returned {_show(returned)}, not {expected}"}
+    if len(returned) != num_completions:
+        return {"contract": f"returned a list of {len(returned)}, not {expected}"}
+    return {"values": [_check(value) for value in returned]}
+
+
+async def _wait_for(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def _check(value: Any) -> list[Any]:
+    if value is None:
+        return [None]
+    if not isinstance(value, bool | int | float) and hasattr(value, "item"):  # a scalar of numpy or torch
+        try:
+            value = value.item()
+        except Exception as error:
+            return [None, f"returned {_show(value)}: {error}"]
+    if not isinstance(value, bool | int | float):
+        return [None, f"returned {_show(value)}, not a number or None"]
+    try:
+        number = float(value)
+    except OverflowError:
+        return [None, "returned an integer that no float holds"]
+    if not math.isfinite(number):
+        return [None, f"returned {number}"]
+    return [number]
+
+
+def _show(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # a broken __repr__ must not hide the message about it
+        text = "?"
+    return f"a {type(value).__name__} ({text[:80]})"
+
+
+def _describe(error: BaseException) -> dict[str, str]:
+    """The exception in one line with the place in user code, and the traceback's last lines."""
+    try:
+        summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = "".join(traceback.format_exception(error)).strip().splitlines()
+    except Exception:  # a broken __str__
+        return {"summary": type(error).__name__, "traceback": ""}
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return {"summary": summary[:500] + where, "traceback": "\n".join(lines[-TRACEBACK_LINES:])}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,227 @@
+"""Reads the rows of each data source. What a row must hold is checked in `prompts.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rlkit.config import ComparisonData, Data, ExpressionsData, HuggingFaceData, JsonlData, ParquetData, ReasoningGymData, TableData
+from rlkit.data import comparison, expressions
+from rlkit.errors import ConfigError, DataError, ResourceError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row as it was read, before it is checked."""
+
+    label: str  # where it is, in the words of the source: line 3, row 17
+    values: dict[str, Any]
+    problem: str = ""  # why it could not be read; `values` is empty then
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """The rows of a data set, and what makes a prompt of one."""
+
+    name: str
+    train: list[Row]
+    held_out: list[Row] | None  # None: a share of `train`
+    prompt_column: str = "prompt"
+    id_column: str | None = "id"
+    chat: bool = False
+    system_prompt: str | None = None
+
+
+def read(settings: Data) -> Source:
+    """Reads everything into memory. Raises DataError, ConfigError or ResourceError, each naming the setting to change."""
+    match settings:
+        case ExpressionsData():
+            return _read_expressions(settings)
+        case ComparisonData():
+            return _read_comparison(settings)
+        case ReasoningGymData():
+            return _read_reasoning_gym(settings)
+        case JsonlData():
+            held_out = None if settings.held_out_path is None else _rows_of_jsonl("held_out_path", settings.held_out_path)
+            return _table(settings, Path(settings.path).name, _rows_of_jsonl("path", settings.path), held_out)
+        case ParquetData():
+            held_out = None if settings.held_out_path is None else _rows_of_parquet("held_out_path", settings.held_out_path)
+            return _table(settings, Path(settings.path).name, _rows_of_parquet("path", settings.path), held_out)
+        case HuggingFaceData():
+            held_out = None if settings.held_out_split is None else _rows_of_split(settings, "held_out_split", settings.held_out_split)
+            return _table(settings, settings.path, _rows_of_split(settings, "split", settings.split), held_out)
+        case _:
+            raise ConfigError(f"data={type(settings).__name__}: rlkit/data/sources.py has no reader for it. Add one.")
+
+
+def _read_expressions(settings: ExpressionsData) -> Source:
+    want = expressions.HELD_OUT_PERCENT / 100
+    if settings.held_out_fraction != want:
+        raise ConfigError(
+            f"data.held_out_fraction={settings.held_out_fraction}: the expressions task always holds out {want}, "
+            f"because its model was prepared on the rest. Leave the setting away."
+        )
+    split: dict[str, list[dict[str, Any]]] = {"train": [], "held_out": []}
+    for digits in map("".join, product(expressions.DIGITS, repeat=3)):
+        for target in range(expressions.MAX_TARGET + 1):
+            if expressions.right_answers(digits, target):
+                split[expressions.split_of(digits, target)].append(expressions.row(digits, target))
+    return Source(name="expressions", train=_numbered(split["train"]), held_out=_numbered(split["held_out"]))
+
+
+def _read_comparison(settings: ComparisonData) -> Source:
+    train, held_out = (comparison.rows(split, settings.held_out_fraction) for split in ("train", "held_out"))
+    return Source(name="comparison", train=_numbered(train), held_out=_numbered(held_out), chat=True)
+
+
+def _read_reasoning_gym(settings: ReasoningGymData) -> Source:
+    """The stream has the seed in `data.options`, 0 by default, not the run's: runs that differ in seed are compared on one held-out set."""
+    gym = _import("reasoning_gym", extra="reasoning-gym")
+    factory = import_module("reasoning_gym.factory")
+    if settings.task not in factory.DATASETS:
+        raise ConfigError(f"data.task={settings.task}: reasoning-gym has no such task. Choose one of {', '.join(sorted(factory.DATASETS))}.")
+    try:
+        entries = gym.create_dataset(settings.task, **{"seed": 0, "size": settings.size, **settings.options})
+    except (TypeError, ValueError, AssertionError) as error:  # how its task settings refuse a key or a value
+        raise ConfigError(f"data.options={settings.options}: reasoning-gym's {settings.task} refuses them: {error}. Change them.") from None
+    distinct = {}  # a small task repeats its questions, and one of a pair could land in the held-out share
+    for entry in entries:
+        key = f"{settings.task}-{sha256(entry['question'].encode()).hexdigest()[:16]}"
+        distinct.setdefault(key, {"id": key, "prompt": entry["question"], "answer": entry["answer"], "metadata": entry["metadata"]})
+    return Source(
+        name=f"reasoning_gym:{settings.task}",
+        train=_numbered(list(distinct.values())),
+        held_out=None,
+        chat=settings.chat,
+        system_prompt=settings.system_prompt,
+    )
+
+
+def _table(settings: TableData, name: str, train: list[Row], held_out: list[Row] | None) -> Source:
+    return Source(
+        name=name,
+        train=_rename(settings.columns, train),
+        held_out=None if held_out is None else _rename(settings.columns, held_out),
+        prompt_column=settings.prompt_column,
+        id_column=settings.id_column,
+        chat=settings.chat,
+        system_prompt=settings.system_prompt,
+    )
+
+
+def _rename(columns: dict[str, str], rows: list[Row]) -> list[Row]:
+    """A row that lacks a mapped column keeps what it has: `prompts.py` reports it if anybody needs that column."""
+    existing = column_names(rows)
+    for new, old in columns.items():
+        if existing and old not in existing:
+            raise DataError(f"data.columns.{new}={old}: there is no column {old}. The columns are {', '.join(existing)}.")
+    if not columns:
+        return rows
+    old_names = set(columns.values())
+    return [
+        Row(
+            label=row.label,
+            problem=row.problem,
+            values={name: value for name, value in row.values.items() if name not in old_names}
+            | {new: row.values[old] for new, old in columns.items() if old in row.values},
+        )
+        for row in rows
+    ]
+
+
+def column_names(rows: list[Row]) -> list[str]:
+    """Of any row, in the order they first appear."""
+    return list(dict.fromkeys(name for row in rows for name in row.values))
+
+
+def _rows_of_jsonl(setting: str, path: str) -> list[Row]:
+    return list(_parse_lines(_existing(setting, path).read_bytes()))
+
+
+def _parse_lines(content: bytes) -> Iterator[Row]:
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        label = f"line {number}"
+        try:
+            values = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            yield Row(label=label, values={}, problem=f"is not UTF-8 at byte {error.start}")
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield Row(label=label, values={}, problem=f"is not JSON: {error}")
+        else:
+            if isinstance(values, dict):
+                yield Row(label=label, values=values)
+            else:
+                yield Row(label=label, values={}, problem=f"is a JSON {type(values).__name__}, not an object")
+
+
+def _rows_of_parquet(setting: str, path: str) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = _existing(setting, path)
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"data.{setting}={path}: not a readable parquet file ({_first_line(error)}). Write the path of one.") from None
+    try:
+        return _numbered(table.to_pylist())
+    except UnicodeDecodeError:  # one bad string fails the whole table, so find it row by row
+        return [_parquet_row(table, index) for index in range(table.num_rows)]
+
+
+def _parquet_row(table: Any, index: int) -> Row:
+    try:
+        return Row(label=f"row {index + 1}", values=table.slice(index, 1).to_pylist()[0])
+    except UnicodeDecodeError as error:
+        return Row(label=f"row {index + 1}", values={}, problem=f"is not UTF-8 at byte {error.start} of a string")
+
+
+def _rows_of_split(settings: HuggingFaceData, setting: str, split: str) -> list[Row]:
+    datasets = _import("datasets", extra=None)
+    folder = Path(settings.path)
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():  # Dataset.save_to_disk wrote it
+            loaded = datasets.load_from_disk(str(folder))
+            if isinstance(loaded, datasets.DatasetDict):
+                if split not in loaded:
+                    raise DataError(f"data.{setting}={split}: {settings.path} has no such split. Choose one of {', '.join(loaded)}.")
+                loaded = loaded[split]
+        else:
+            loaded = datasets.load_dataset(settings.path, settings.name, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"data.path={settings.path}, data.{setting}={split}: datasets could not load it: {type(error).__name__}: "
+            f"{_first_line(error)} Write a folder, or a name on the hub that this machine can reach."
+        ) from None
+    return _numbered(list(loaded))
+
+
+def _numbered(rows: list[dict[str, Any]]) -> list[Row]:
+    return [Row(label=f"row {number}", values=values) for number, values in enumerate(rows, start=1)]
+
+
+def _existing(setting: str, path: str) -> Path:
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"data.{setting}={path}: there is no such file (looked in {Path.cwd()}). Write the path of an existing one.")
+    return file
+
+
+def _import(module: str, *, extra: str | None) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = "rlkit-llm" if extra is None else f"rlkit-llm[{extra}]"
+        raise ResourceError(f"data: the package {module} cannot be imported ({error}). Install {package}.") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

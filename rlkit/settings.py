@@ -1,0 +1,380 @@
+"""The settings of everything that is not a strategy: data, engines, learner, optimiser, evaluation, cluster, tracking.
+
+Each class checks itself, and names everything wrong with it at once. `rlkit/config.py` says which class stands for which choice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from rlkit.errors import ConfigError
+
+
+def require(*checks: tuple[bool, str]):
+    """Raises one ConfigError with a line for every check that failed."""
+    if failed := [sentence for holds, sentence in checks if not holds]:
+        raise ConfigError("\n".join(failed))
+
+
+class Dtype(Enum):
+    """Precision of the engine, the scorer and the learner's compute. The learner's master weights are always float32."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class BadRow(Enum):
+    """What happens to a row that cannot be used."""
+
+    error = "error"  # the run does not start
+    drop = "drop"  # it is left out, and counted
+
+
+class Schedule(Enum):
+    """Learning rate after warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+@dataclass(kw_only=True, slots=True)
+class Model:
+    """The policy at the start of the run, and the precision it runs in."""
+
+    path: str = MISSING  # `tiny`, `smollm2_135m`, a folder in Hugging Face format, or a hub id
+    dtype: Dtype = Dtype.float32
+    trust_remote_code: bool = False  # lets the model's own Python code run on this machine
+
+
+@dataclass(kw_only=True, slots=True)
+class Data:
+    """Base of the data sources."""
+
+    held_out_fraction: float = 0.1  # of the rows, kept for evaluation; by a hash of the row's id
+    on_bad_row: BadRow = BadRow.error
+
+    def __post_init__(self):
+        share = self.held_out_fraction
+        require((0 <= share < 1, f"data.held_out_fraction={share}: no share of the rows. Write a number in [0, 1); 0.1 is usual."))
+
+
+@dataclass(kw_only=True, slots=True)
+class ExpressionsData(Data):
+    """The built-in task: write an expression over three digits that equals a target (many right answers per prompt)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ComparisonData(Data):
+    """The larger of two two-digit numbers, asked as a chat message; made for a small pretrained model."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TableData(Data):
+    """Base of the sources whose rows have columns."""
+
+    prompt_column: str = "prompt"  # plain text, or a list of chat messages
+    id_column: str | None = None  # unique per row; without one a row is known by its number
+    columns: dict[str, str] = field(default_factory=dict)  # new name: name in the file, for the reward function's arguments
+    system_prompt: str | None = None  # put before every prompt, as the chat template's system message
+    chat: bool = False  # wrap plain text as one user message in the model's chat template
+
+
+@dataclass(kw_only=True, slots=True)
+class JsonlData(TableData):
+    """One JSON object per line."""
+
+    path: str = MISSING
+    held_out_path: str | None = None  # evaluate on these rows instead of a share of the others
+
+
+@dataclass(kw_only=True, slots=True)
+class ParquetData(TableData):
+    """A parquet file."""
+
+    path: str = MISSING
+    held_out_path: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class HuggingFaceData(TableData):
+    """A Hugging Face data set, by hub name or by folder."""
+
+    path: str = MISSING
+    name: str | None = None  # of the configuration, where the data set has several
+    split: str = "train"
+    held_out_split: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class ReasoningGymData(Data):
+    """Endless verifiable tasks from the reasoning-gym package."""
+
+    task: str = MISSING  # such as chain_sum, countdown, basic_arithmetic
+    size: int = 4096
+    options: dict[str, Any] = field(default_factory=dict)  # passed to the task
+    system_prompt: str | None = None
+    chat: bool = True
+
+    def __post_init__(self):
+        # By name: `slots=True` makes a second class, which a bare super() in the first one's method does not know.
+        Data.__post_init__(self)
+        require((self.size >= 1, f"data.size={self.size}: no problems to train on. Write 1 or more; 4096 is usual."))
+
+
+@dataclass(kw_only=True, slots=True)
+class Reward:
+    """The reward function, and how long and how often it may fail."""
+
+    fn: str = MISSING  # a name in reward_fns/, or `file.py:function`, or `package.module:function`
+    timeout_s: float = 10.0  # wall clock per call; the worker is killed at it
+    num_workers: int = 2
+    max_error_rate: float = 0.2  # above it, over the last 200 samples, the run stops
+
+    def __post_init__(self):
+        limit, rate = self.timeout_s, self.max_error_rate
+        require(
+            (0 < limit < math.inf, f"reward.timeout_s={limit}: no time to answer. Write seconds above 0; 10 is usual."),
+            (self.num_workers >= 1, f"reward.num_workers={self.num_workers}: nobody computes rewards. Write 1 or more."),
+            (0 <= rate <= 1, f"reward.max_error_rate={rate}: not a share. Write a number in [0, 1]; 0.2 is usual."),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class Environment:
+    """Base of the environments: what happens between the policy's turns."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SingleTurn(Environment):
+    """One prompt, one response."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutEngine:
+    """Base of the engines' settings."""
+
+    num_engines: int = 1
+    max_num_seqs: int = 256  # decoded together, per engine
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    deadline_s: float = 600.0  # for one batch of generation, and for one weight sync
+
+    def __post_init__(self):
+        # The engine renormalises over the tokens it kept, so every importance ratio would be off by the mass it cut.
+        truncated = "truncated sampling biases every ratio in training"
+        t = self.temperature
+        require(
+            (0 < t < math.inf, f"rollout.temperature={t}: training needs sampled tokens. Write a number above 0; 1.0 is usual."),
+            (self.top_p == 1, f"rollout.top_p={self.top_p}: {truncated}. Write rollout.top_p=1.0; evaluation.top_p may differ."),
+            (self.top_k == 0, f"rollout.top_k={self.top_k}: {truncated}. Write rollout.top_k=0; evaluation.top_k may differ."),
+            (self.min_p == 0, f"rollout.min_p={self.min_p}: {truncated}. Write rollout.min_p=0.0; evaluation.min_p may differ."),
+            (self.num_engines >= 1, f"rollout.num_engines={self.num_engines}: nobody generates. Write 1 or more."),
+            (self.max_num_seqs >= 1, f"rollout.max_num_seqs={self.max_num_seqs}: nothing is decoded. Write 1 or more."),
+            (0 < self.deadline_s < math.inf, f"rollout.deadline_s={self.deadline_s}: no time to generate. Write seconds above 0."),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class VllmEngine(RolloutEngine):
+    """vLLM in a Ray actor."""
+
+    kv_cache_mib: int = 512
+    enforce_eager: bool = True  # False compiles the model: minutes to start, faster on long runs
+
+    def __post_init__(self):
+        RolloutEngine.__post_init__(self)
+        require((self.kv_cache_mib >= 1, f"rollout.kv_cache_mib={self.kv_cache_mib}: no room for one token. 512 is usual."))
+
+
+@dataclass(kw_only=True, slots=True)
+class TransformersEngine(RolloutEngine):
+    """transformers' own generation: slower, needs nothing else."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Learner:
+    """torch with FSDP2."""
+
+    num_ranks: int = 1
+    tokens_per_microbatch: int = 8192  # prompt, response and padding together
+    head_memory_mib: int = 256  # the output head is computed in chunks whose logits fit
+    max_skipped_steps: int = 3  # non-finite steps in a row before the run stops
+    deadline_s: float = 1800.0  # for one call
+
+    def __post_init__(self):
+        tokens, head = self.tokens_per_microbatch, self.head_memory_mib
+        require(
+            (self.num_ranks >= 1, f"learner.num_ranks={self.num_ranks}: nobody learns. Write 1 or more."),
+            (tokens >= 1, f"learner.tokens_per_microbatch={tokens}: no room for one token. Write 1 or more; 8192 is usual."),
+            (head >= 1, f"learner.head_memory_mib={head}: no room for one token's logits. Write 1 or more; 256 is usual."),
+            (self.max_skipped_steps >= 1, f"learner.max_skipped_steps={self.max_skipped_steps}: write 1 or more; 3 is usual."),
+            (0 < self.deadline_s < math.inf, f"learner.deadline_s={self.deadline_s}: no time to learn. Write seconds above 0."),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class Optimizer:
+    """Base of the optimisers."""
+
+    learning_rate: float = 1e-6  # usual for a pretrained model; a tiny one takes a hundred times as much
+    warmup_steps: int = 0
+    schedule: Schedule = Schedule.constant
+    final_fraction: float = 0.0  # of learning_rate, where a falling schedule ends
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self):
+        rate, norm, final = self.learning_rate, self.max_grad_norm, self.final_fraction
+        require(
+            (0 < rate < math.inf, f"optimizer.learning_rate={rate}: nothing is learnt. Write a number above 0, such as 1e-6."),
+            (self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: write 0 or more."),
+            (0 <= final <= 1, f"optimizer.final_fraction={final}: not a share of learning_rate. Write a number in [0, 1]."),
+            (
+                final == 0 or self.schedule is not Schedule.constant,
+                f"optimizer.final_fraction={final}: optimizer.schedule=constant never reads it. Write optimizer.schedule=cosine.",
+            ),
+            (norm > 0, f"optimizer.max_grad_norm={norm}: clips every gradient away. Write a number above 0; 1.0 is usual."),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class AdamW(Optimizer):
+    """AdamW with float32 state."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        Optimizer.__post_init__(self)
+        require(
+            (0 <= self.beta1 < 1, f"optimizer.beta1={self.beta1}: write a number in [0, 1); 0.9 is usual."),
+            (0 <= self.beta2 < 1, f"optimizer.beta2={self.beta2}: write a number in [0, 1); 0.999 is usual."),
+            (self.eps > 0, f"optimizer.eps={self.eps}: write a number above 0; 1e-8 is usual."),
+            (self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay}: write 0 or more."),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class Sgd(Optimizer):
+    """Plain stochastic gradient descent: no state, for comparisons and tests."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Reference:
+    """Base of the references that divergences are measured against."""
+
+
+@dataclass(kw_only=True, slots=True)
+class InitialReference(Reference):
+    """The model that the run starts from, frozen. No worker starts unless a strategy needs it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Evaluation:
+    """Base of the evaluations."""
+
+
+@dataclass(kw_only=True, slots=True)
+class NoEvaluation(Evaluation):
+    """No held-out evaluation."""
+
+
+@dataclass(kw_only=True, slots=True)
+class HeldOut(Evaluation):
+    """Mean reward, unbiased pass@k and distinct right answers on held-out prompts."""
+
+    every: int = 0  # steps between evaluations; 0: only before the first step and after the last
+    num_prompts: int = 256
+    samples_per_prompt: int = 16
+    ks: list[int] = field(default_factory=lambda: [1, 4, 16])  # of pass@k
+    right_from: float = 0.5  # a reward at least as high counts as a right answer
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        n, ks, t = self.samples_per_prompt, list(self.ks), self.temperature
+        usable = ",".join(str(k) for k in ks if 1 <= k <= n) or "1"
+        require(
+            (self.every >= 0, f"evaluation.every={self.every}: write 0 (before and after the run) or a number of steps."),
+            (self.num_prompts >= 1, f"evaluation.num_prompts={self.num_prompts}: write 1 or more, or evaluation=none."),
+            (n >= 1, f"evaluation.samples_per_prompt={n}: write 1 or more, or evaluation=none."),
+            (
+                bool(ks) and all(1 <= k <= n for k in ks),
+                f"evaluation.ks={ks}: pass@k needs 1 <= k <= evaluation.samples_per_prompt={n}. "
+                f"Write evaluation.ks=[{usable}] or draw more samples.",
+            ),
+            (
+                0 < t < math.inf or (t == 0 and n == 1),
+                f"evaluation.temperature={t}: write a number above 0. (0, greedy, goes with evaluation.samples_per_prompt=1.)",
+            ),
+            (0 < self.top_p <= 1, f"evaluation.top_p={self.top_p}: write a number in (0, 1]; 1.0 is off."),
+            (self.top_k >= 0, f"evaluation.top_k={self.top_k}: write 0 (off) or more."),
+            (0 <= self.min_p < 1, f"evaluation.min_p={self.min_p}: write a number in [0, 1); 0.0 is off."),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterSettings:
+    """Base of the clusters."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalRay(ClusterSettings):
+    """Starts Ray on this machine, dashboard off, and stops it at the end."""
+
+    num_cpus: int | None = None  # None: all cores this process may use
+    object_store_mib: int = 1024
+
+    def __post_init__(self):
+        cpus, store = self.num_cpus, self.object_store_mib
+        require(
+            (cpus is None or cpus >= 1, f"cluster.num_cpus={cpus}: write 1 or more, or null for all cores."),
+            (store >= 80, f"cluster.object_store_mib={store}: Ray starts with no less than 80. Write 1024."),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class ExistingRay(ClusterSettings):
+    """Joins a running Ray cluster."""
+
+    address: str = "auto"  # host:port of its head node; auto: the one that `ray start` made on this machine
+
+
+@dataclass(kw_only=True, slots=True)
+class InProcess(ClusterSettings):
+    """Every worker in this process, without Ray: for tests and debuggers."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Tracking:
+    """Base of where measurements go."""
+
+    save_rollouts_every: int = 1  # steps between stored rollouts; 1: every one
+
+    def __post_init__(self):
+        every = self.save_rollouts_every
+        require((every >= 1, f"tracking.save_rollouts_every={every}: write 1 (every step) or more."))
+
+
+@dataclass(kw_only=True, slots=True)
+class FileTracking(Tracking):
+    """Console, metrics.jsonl, TensorBoard, rollouts in parquet, plots."""
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbTracking(Tracking):
+    """As `files`, and Weights & Biases."""
+
+    project: str = "rlkit"
+    entity: str | None = None

@@ -1,0 +1,220 @@
+"""What crosses a module: frozen dataclasses that check themselves once, where they are built.
+
+Ragged, per-sample data (a prompt, a rollout) is numpy, which Ray moves without a copy; padded batches are torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum, IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlkit.errors import DataError
+from rlkit.metrics import Metric
+
+
+class FinishReason(Enum):
+    """Why a response ended."""
+
+    stop = "stop"  # the model emitted an end-of-sequence token
+    length = "length"  # the token limit cut it off
+
+
+class RewardStatus(Enum):
+    """What became of one sample's reward. Only `ok` samples are trained on."""
+
+    ok = "ok"
+    skipped = "skipped"  # the function returned None: it has no opinion on this sample
+    timeout = "timeout"  # it did not answer within its wall-clock limit, and was killed
+    error = "error"  # it raised, or returned something that is not a finite number
+
+
+class Origin(IntEnum):
+    """Who wrote a response token. Only the policy's own are trained on."""
+
+    policy = 0
+    environment = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One row of a data set, ready for the engine. `columns` is the whole row, for the reward function, by column name."""
+
+    id: str
+    text: str  # as the tokenizer saw it, chat template applied
+    prompt_ids: tuple[int, ...]
+    source: str
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingSpec:
+    """How tokens are drawn. The engine and the learner read the same object, so their log-probs mean the same thing."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleRequest:
+    """One response to sample. The seed is a function of run, step, prompt and sample: timing cannot change it."""
+
+    sample_id: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What an engine returns for one `SampleRequest`. Token ids are the truth; text is decoded from them later."""
+
+    sample_id: str
+    response_ids: np.ndarray  # [T] int64, the stop token included when one was sampled
+    rollout_logprobs: np.ndarray  # [T] float32, nats, after temperature
+    policy_version: np.ndarray  # [T] int64
+    finish_reason: FinishReason
+
+    def __post_init__(self):
+        lengths = {len(self.response_ids), len(self.rollout_logprobs), len(self.policy_version)}
+        if len(lengths) != 1:
+            raise DataError(f"Completion {self.sample_id}: ids, log-probs and versions have lengths {sorted(lengths)}.")
+        if not np.isfinite(self.rollout_logprobs).all():
+            raise DataError(f"Completion {self.sample_id}: the engine reported a log-prob that is not finite.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardResult:
+    """One sample's reward, matched to it by id. `reward` is None unless `status` is ok."""
+
+    sample_id: str
+    status: RewardStatus
+    reward: float | None = None
+    components: dict[str, float] = field(default_factory=dict)
+    message: str = ""  # the first line of what went wrong, or empty
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One sampled and scored response, as it is trained on, stored and replayed."""
+
+    sample_id: str
+    group_id: str  # the prompt and the step it was drawn in: the group whose mean is its baseline
+    prompt_id: str
+    attempt: int
+    source: str
+    prompt_ids: tuple[int, ...]
+    response_ids: np.ndarray  # [T] int64
+    rollout_logprobs: np.ndarray  # [T] float32
+    policy_version: np.ndarray  # [T] int64
+    turn_index: np.ndarray  # [T] int64
+    origin: np.ndarray  # [T] int64, values of `Origin`
+    token_rewards: np.ndarray  # [T] float32; an outcome reward sits on the last token
+    text: str
+    finish_reason: FinishReason
+    reward: float | None
+    reward_components: dict[str, float]
+    status: RewardStatus
+    ref_version: int | None = None  # of the reference whose log-probs are attached, if any are
+    num_uses: int = 0  # optimiser steps that have trained on it
+
+
+def single_turn_rollout(prompt: Prompt, completion: Completion, result: RewardResult, *, group_id: str, text: str) -> Rollout:
+    """A rollout whose response is one uninterrupted turn of the policy, with an outcome reward."""
+    length = len(completion.response_ids)
+    token_rewards = np.zeros(length, dtype=np.float32)
+    if result.reward is not None and length:
+        token_rewards[-1] = result.reward
+    return Rollout(
+        sample_id=completion.sample_id,
+        group_id=group_id,
+        prompt_id=prompt.id,
+        attempt=0,
+        source=prompt.source,
+        prompt_ids=prompt.prompt_ids,
+        response_ids=completion.response_ids,
+        rollout_logprobs=completion.rollout_logprobs,
+        policy_version=completion.policy_version,
+        turn_index=np.zeros(length, dtype=np.int64),
+        origin=np.full(length, Origin.policy, dtype=np.int64),
+        token_rewards=token_rewards,
+        text=text,
+        finish_reason=completion.finish_reason,
+        reward=result.reward,
+        reward_components=result.components,
+        status=result.status,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainBatch:
+    """Responses of one optimiser step, or of one of its microbatches. Right-padded; padding is finite."""
+
+    sample_ids: tuple[str, ...]
+    input_ids: Tensor  # [B, S] int64, prompt then response
+    prompt_lengths: Tensor  # [B] int64
+    response_lengths: Tensor  # [B] int64
+    response_mask: Tensor  # [B, T] bool
+    advantages: Tensor  # [B, T] float32
+    rollout_logprobs: Tensor  # [B, T] float32
+    old_logprobs: Tensor | None = None  # [B, T] float32; None: one optimiser step per batch, so they are logprobs.detach()
+    ref_logprobs: Tensor | None = None  # [B, T] float32
+    ref_hidden: Tensor | None = None  # [B, T, H]: the reference's last hidden states, for exact divergences
+
+    def __post_init__(self):
+        want = tuple(self.response_mask.shape)
+        for name in ("advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs", "ref_hidden"):
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape[:2]) != want:
+                raise DataError(f"TrainBatch.{name} is {list(value.shape)}, response_mask {list(want)}. Pad it in collate.py.")
+        if len(self.sample_ids) != want[0]:
+            raise DataError(f"TrainBatch has {len(self.sample_ids)} sample ids for {want[0]} rows.")
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.sample_ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] prompt and response together."""
+        return self.prompt_lengths + self.response_lengths
+
+    def with_old_logprobs(self, old_logprobs: Tensor) -> TrainBatch:
+        return replace(self, old_logprobs=old_logprobs)
+
+    def select(self, rows: list[int]) -> TrainBatch:
+        """These rows, in this order, trimmed to the longest of them."""
+        index = torch.tensor(rows, dtype=torch.int64)
+        width = int(self.response_lengths[index].max()) if rows else 0
+        total = int(self.lengths[index].max()) if rows else 0
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[index, :width]
+
+        return TrainBatch(
+            sample_ids=tuple(self.sample_ids[row] for row in rows),
+            input_ids=self.input_ids[index, :total],
+            prompt_lengths=self.prompt_lengths[index],
+            response_lengths=self.response_lengths[index],
+            response_mask=self.response_mask[index, :width],
+            advantages=self.advantages[index, :width],
+            rollout_logprobs=self.rollout_logprobs[index, :width],
+            old_logprobs=cut(self.old_logprobs),
+            ref_logprobs=cut(self.ref_logprobs),
+            ref_hidden=cut(self.ref_hidden),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepStats:
+    """What one optimiser step measured. `skipped`: it was not finite, and the weights did not move."""
+
+    metrics: dict[str, Metric]
+    skipped: bool

@@ -1,0 +1,397 @@
+"""The learner: forward, loss, backward, optimiser step. One object is one of N FSDP2 ranks; nothing here knows of Ray."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from rlkit.config import RunConfig
+from rlkit.core.divergences import FDivergence
+from rlkit.core.logprobs import TokenStatistics, chunk_size
+from rlkit.core.loss import Strategy
+from rlkit.core.reduce import Denominators, reduce
+from rlkit.data.collate import plan_microbatches
+from rlkit.data.models.loading import copy_tokenizer_files, load_model, resolve
+from rlkit.data.models.policy import Policy, ReferenceStates
+from rlkit.errors import DataError, NumericalError
+from rlkit.metrics import Last, Max, Mean, Metric, Min, Sum, merge
+from rlkit.settings import AdamW, Dtype, Optimizer, Schedule
+from rlkit.types import StepStats, TrainBatch
+from rlkit.workers.weight_sync import Manifest, WeightPart, digest, layer_groups, pack
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rank:
+    """This process's place among the learner's ranks."""
+
+    index: int
+    count: int
+    address: str  # host:port of rank 0's store
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+
+class Learner:
+    """One rank. Every method is collective: all ranks are called together, with their own rows where rows are passed."""
+
+    def __init__(self, rank: Rank, *, num_threads: int | None = None):
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        self.rank = rank
+        if not dist.is_initialized():
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(
+                backend,
+                init_method=f"tcp://{rank.address}",
+                rank=rank.index,
+                world_size=rank.count,
+                timeout=timedelta(minutes=10),
+            )
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    def begin(self, config: RunConfig) -> None:
+        """Load the initial policy and forget everything about an earlier run."""
+        self.config = config
+        self.model_folder = resolve(config.model.path)
+        self.policy = self._load_policy()
+        self.optimizer = make_optimizer(config.optimizer, self.policy)
+        self.strategy = Strategy(
+            objective=config.objective,
+            selector=config.selector,
+            correction=config.correction,
+            divergence=config.divergence,
+            entropy=config.entropy,
+            aggregation=config.aggregation,
+        )
+        self.reference_head: Tensor | None = None
+        self.num_updates = 0  # optimiser steps attempted: drives the learning-rate schedule
+        self.skipped_in_a_row = 0
+        self._export_digests: dict[str, str] = {}
+
+    def _load_policy(self) -> Policy:
+        model = load_model(
+            self.model_folder, dtype=torch.float32, trust_remote_code=self.config.model.trust_remote_code
+        )  # master weights
+        model.requires_grad_(True)
+        policy = Policy(model).to(self.device)
+        # bfloat16 is FSDP's mixed precision, as the engine runs it: parameters are cast once a forward, masters stay float32.
+        bf16 = self.config.model.dtype is Dtype.bfloat16
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.rank.count,))
+        if self.rank.count > 1:
+            for layer in model.get_decoder().layers:  # pyright: ignore[reportAttributeAccessIssue]
+                fully_shard(layer, mesh=mesh, mp_policy=precision)
+        fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+        # Losses are shares of a global mean, so ranks are summed; FSDP would average.
+        for module in policy.modules():
+            if hasattr(module, "set_gradient_divide_factor"):
+                module.set_gradient_divide_factor(1.0)
+        return policy
+
+    # --- learning -----------------------------------------------------------------------------------------------------
+
+    def update(
+        self,
+        batch: TrainBatch,
+        *,
+        denominators: Denominators,
+        divergence_coef: float | None,
+        entropy_coef: float | None,
+    ) -> StepStats:
+        """One optimiser step on this rank's rows. `denominators` count the whole step over all ranks.
+
+        Raises NumericalError after `learner.max_skipped_steps` non-finite steps in a row.
+        """
+        optimizer_settings = self.config.optimizer
+        rate = learning_rate(optimizer_settings, self.num_updates, self.total_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        parts: list[dict[str, Metric]] = []
+        for rows in self._plan(batch):
+            parts.append(self._backward(batch.select(rows), denominators, divergence_coef, entropy_coef))
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), optimizer_settings.max_grad_norm)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        metrics = merge(parts)
+        finite = math.isfinite(grad_norm)
+        self.num_updates += 1
+        if finite:
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_in_a_row += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics["policy/grad_norm"] = Mean(grad_norm if finite else 0.0, 1.0 if finite else 0.0)
+        metrics["policy/skipped_steps"] = Sum(0.0 if finite else 1.0)
+        metrics["policy/learning_rate"] = Last(rate)
+        if self.skipped_in_a_row >= self.config.learner.max_skipped_steps:
+            raise NumericalError(
+                f"The loss or its gradient was not finite in {self.skipped_in_a_row} optimiser steps in a row (last gradient norm "
+                f"{grad_norm}). Lower optimizer.learning_rate, or look at the dumped batches for the sample that causes it."
+            )
+        return StepStats(metrics=metrics, skipped=not finite)
+
+    @property
+    def total_updates(self) -> int:
+        config = self.config
+        return config.num_steps * config.optimizer_steps_per_batch * config.epochs_per_batch
+
+    def _plan(self, batch: TrainBatch) -> list[list[int]]:
+        """Microbatches of this rank; ranks with fewer go on with empty ones, because every forward is collective."""
+        plan = plan_microbatches(batch.lengths, token_budget=self.config.learner.tokens_per_microbatch)
+        if self.rank.count == 1:
+            return plan
+        most = torch.tensor(len(plan), device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return plan + [[]] * (int(most) - len(plan))
+
+    def _backward(
+        self, batch: TrainBatch, denominators: Denominators, divergence_coef: float | None, entropy_coef: float | None
+    ) -> dict[str, Metric]:
+        statistics = self._forward(batch, gradient=True)
+        mask = batch.response_mask
+        logprobs = scatter(statistics.logprobs, batch)
+        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        entropy = None if statistics.entropy is None else scatter(statistics.entropy, batch)
+        exact = None if statistics.divergence is None else scatter(statistics.divergence, batch)
+        step = self.strategy.terms(
+            logprobs=logprobs,
+            old_logprobs=old_logprobs,
+            rollout_logprobs=batch.rollout_logprobs,
+            advantages=batch.advantages,
+            response_mask=mask,
+            divergence_coef=divergence_coef,
+            entropy_coef=entropy_coef,
+            ref_logprobs=batch.ref_logprobs,
+            entropy=entropy,
+            exact_divergence=exact,
+        )
+        loss = logprobs.new_zeros(())
+        shares: dict[str, Metric] = {}
+        for term in step.terms:
+            share = reduce(term.loss, term.mask, aggregation=term.aggregation, denominators=denominators)
+            loss = loss + term.coef * share
+            shares[f"{term.name}/loss"] = Sum(float(share.detach()))
+        if not batch.num_rows:
+            loss = loss + statistics.logprobs.sum()  # keeps the graph, so that this rank takes part in the reduction
+        loss.backward()
+        with torch.no_grad():
+            return shares | token_metrics(
+                batch,
+                logprobs=logprobs.detach(),
+                old_logprobs=old_logprobs,
+                clipped=step.surrogate.clipped,
+                entropy=None if entropy is None else entropy.detach(),
+                exact_divergence=None if exact is None else exact.detach(),
+            )
+
+    def logprobs(self, batch: TrainBatch) -> Tensor:
+        """Log-probs [B, T] of this rank's rows under the current weights, at the sampling temperature."""
+        out = torch.zeros(batch.response_mask.shape)
+        with torch.no_grad():
+            for rows in self._plan(batch):
+                part = batch.select(rows)
+                values = scatter(self._forward(part, gradient=False).logprobs, part)
+                for index, row in enumerate(rows):
+                    out[row, : values.shape[1]] = values[index]
+        return out
+
+    def set_reference_head(self, head: np.ndarray) -> None:
+        """The reference's output head [V, H], for exact divergences from its hidden states."""
+        self.reference_head = torch.from_numpy(head.copy()).to(self.device)
+
+    def _forward(self, batch: TrainBatch, *, gradient: bool) -> TokenStatistics:
+        """Statistics of the batch's response tokens; entropy is always measured when learning, and only then has a cost."""
+        config = self.config
+        divergence = reference = None
+        if gradient and batch.ref_hidden is not None:
+            if self.reference_head is None or not isinstance(config.divergence, FDivergence):
+                raise DataError("A batch carries the reference's hidden states, but the learner has no reference head.")
+            divergence = config.divergence
+            width = torch.arange(batch.response_mask.shape[1])
+            present = width < batch.response_lengths.unsqueeze(1)
+            reference = ReferenceStates(hidden=batch.ref_hidden[present].to(self.device), head=self.reference_head)
+        input_ids = batch.input_ids
+        if not batch.num_rows:  # an empty microbatch still runs the model, on one token that nothing reads
+            input_ids = torch.zeros(1, 1, dtype=torch.int64)
+        return self.policy(
+            input_ids=input_ids.to(self.device),
+            prompt_lengths=(batch.prompt_lengths if batch.num_rows else torch.ones(1, dtype=torch.int64)).to(self.device),
+            response_lengths=(batch.response_lengths if batch.num_rows else torch.zeros(1, dtype=torch.int64)).to(self.device),
+            temperature=config.rollout.temperature,
+            chunk_tokens=self._chunk_tokens(1 + (divergence is not None)),
+            with_entropy=gradient,
+            entropy_gradient="entropy" in config.needs,
+            divergence=divergence,
+            reference=reference,
+        )
+
+    def _chunk_tokens(self, buffers: int) -> int:
+        return chunk_size(self.policy.vocab_size * buffers, memory_bytes=self.config.learner.head_memory_mib << 20)
+
+    # --- weights out --------------------------------------------------------------------------------------------------
+
+    def num_parts(self) -> int:
+        return len(self._groups())
+
+    def _groups(self) -> list[list[str]]:
+        """Checkpoint names by layer; a tied head is its embedding and appears once, as in `named_parameters`."""
+        return layer_groups([name for name, _ in self.policy.model.named_parameters()])
+
+    def export_part(self, index: int, version: int) -> WeightPart | None:
+        """Part `index` of the weights, in the engine's dtype, on rank 0; the others take part and return None.
+
+        One layer group is whole at a time: a full copy of the model exists on no rank.
+        """
+        names = self._groups()[index]
+        parameters = dict(self.policy.model.named_parameters())
+        dtype = getattr(torch, self.config.model.dtype.value)
+        tensors = {name: full_tensor(parameters[name]).to(dtype) for name in names}
+        if not self.rank.is_first:
+            return None
+        if index == 0:
+            self._export_digests = {}
+        # pack() shares memory with a parameter that needed no cast, which the next optimiser step would change.
+        packed = {name: pack(tensor.clone()) for name, tensor in tensors.items()}
+        self._export_digests |= {name: digest(tensor) for name, tensor in packed.items()}
+        return WeightPart(version=version, tensors=packed)
+
+    def manifest(self, version: int) -> Manifest:
+        """Digests of what `export_part` sent since part 0."""
+        return Manifest(version=version, digests=dict(self._export_digests))
+
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        """Log-probs [len - 1] of each sequence's tokens given their prefixes, at temperature 1."""
+        scores = []
+        with torch.no_grad():
+            for sequence in sequences:
+                statistics = self.policy(
+                    input_ids=torch.tensor([sequence], device=self.device),
+                    prompt_lengths=torch.tensor([1], device=self.device),
+                    response_lengths=torch.tensor([len(sequence) - 1], device=self.device),
+                    temperature=1.0,
+                    chunk_tokens=self._chunk_tokens(1),
+                )
+                scores.append(statistics.logprobs.float().cpu().numpy())
+        return scores
+
+    def layer_outputs(self, sequence: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """See `Policy.layer_outputs`."""
+        outputs: dict[str, np.ndarray] = {}
+        with torch.no_grad(), self.policy.capturing(outputs):
+            self.score([sequence])
+        return outputs
+
+    def save(self, folder: str) -> None:
+        """Write the policy in Hugging Face format, tokenizer included; `folder` must exist."""
+        state = {}
+        dtype = getattr(torch, self.config.model.dtype.value)
+        for name, parameter in self.policy.model.named_parameters():
+            whole = full_tensor(parameter)
+            if self.rank.is_first:
+                state[name] = whole.to(dtype).cpu()
+        if self.rank.is_first:
+            self.policy.model.config.dtype = dtype
+            self.policy.model.save_pretrained(folder, state_dict=state)
+            copy_tokenizer_files(self.model_folder, Path(folder))
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def full_tensor(parameter: Tensor) -> Tensor:
+    """The whole parameter, detached; collective when it is sharded."""
+    detached = parameter.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+def scatter(values: Tensor, batch: TrainBatch) -> Tensor:
+    """[n] values of the response tokens, row by row -> [B, T], 0 on padding; differentiable."""
+    width = torch.arange(batch.response_mask.shape[1])
+    present = width < batch.response_lengths.unsqueeze(1)
+    return values.new_zeros(present.shape).masked_scatter(present.to(values.device), values).cpu()
+
+
+def make_optimizer(settings: Optimizer, policy: Policy) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    if isinstance(settings, AdamW):
+        return torch.optim.AdamW(
+            parameters,
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+    return torch.optim.SGD(parameters, lr=settings.learning_rate)
+
+
+def learning_rate(settings: Optimizer, update: int, total_updates: int) -> float:
+    """Of optimiser step `update` (from 0): linear warm-up, then the schedule down to `final_fraction`."""
+    if update < settings.warmup_steps:
+        return settings.learning_rate * (update + 1) / settings.warmup_steps
+    span = max(total_updates - settings.warmup_steps - 1, 1)
+    progress = min((update - settings.warmup_steps) / span, 1.0)
+    match settings.schedule:
+        case Schedule.constant:
+            fraction = 1.0
+        case Schedule.linear:
+            fraction = 1 - (1 - settings.final_fraction) * progress
+        case Schedule.cosine:
+            fraction = settings.final_fraction + (1 - settings.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+    return settings.learning_rate * fraction
+
+
+def token_metrics(
+    batch: TrainBatch,
+    *,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    clipped: Tensor,
+    entropy: Tensor | None,
+    exact_divergence: Tensor | None,
+) -> dict[str, Metric]:
+    """What one microbatch's tokens say. All tensors [B, T], without gradient."""
+    mask = batch.response_mask
+    count = float(mask.sum())
+    if not count:
+        return {}
+
+    def mean(x: Tensor) -> Mean:
+        return Mean(float(x[mask].double().sum()), count)
+
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    gap = logprobs - batch.rollout_logprobs
+    metrics: dict[str, Metric] = {
+        "policy/clip_fraction": mean(clipped.float()),
+        "policy/approx_kl_k3": mean(ratio - 1 - log_ratio),
+        "policy/ratio_max": Max(float(ratio[mask].max())),
+        "policy/ratio_min": Min(float(ratio[mask].min())),
+        # Of the engine from the learner. With several optimiser steps per batch the later ones include the policy's movement.
+        "mismatch/mean": mean(gap.abs()),
+        "mismatch/max": Max(float(gap[mask].abs().max())),
+        "mismatch/k3": mean(gap.exp() - 1 - gap),
+        "mismatch/exp_mean": mean(gap.abs().exp()),
+    }
+    if entropy is not None:
+        metrics["entropy/mean"] = mean(entropy)
+    if batch.ref_logprobs is not None:
+        log_ref_ratio = logprobs - batch.ref_logprobs
+        metrics["kl/ref_token_mean"] = mean(log_ref_ratio)
+        metrics["kl/ref_k3"] = mean((-log_ref_ratio).exp() - 1 + log_ref_ratio)
+    if exact_divergence is not None:
+        metrics["divergence/exact"] = mean(exact_divergence)
+    return metrics

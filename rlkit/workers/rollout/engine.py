@@ -1,0 +1,83 @@
+"""The one interface of every rollout engine, and what engines share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from rlkit.errors import ResourceError
+from rlkit.types import Completion, SampleRequest, SamplingSpec
+from rlkit.workers.weight_sync import Manifest, WeightPart
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """What an engine is built from. Equal specs can share one engine, whatever weights it holds at the moment."""
+
+    kind: str  # "vllm" or "transformers"
+    model_path: str  # a folder in Hugging Face format
+    dtype: str
+    trust_remote_code: bool
+    max_model_tokens: int
+    max_num_seqs: int
+    kv_cache_mib: int = 0
+    enforce_eager: bool = True
+
+
+class Engine(Protocol):
+    """Token ids in, token ids out."""
+
+    version: int  # policy version of the weights it serves; -1 before the first sync
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> list[Completion]:
+        """One response per request, in order. All are submitted before the first token is sampled."""
+        ...
+
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        """Log-probs [len - 1] float32 of each sequence's tokens given their prefixes, at temperature 1."""
+        ...
+
+    def receive(self, part: WeightPart) -> None:
+        """Stage one part of the next version. The engine goes on serving the old one."""
+        ...
+
+    def commit(self, manifest: Manifest) -> None:
+        """Check that the staged parts are complete, load them and drop every cache made by older weights."""
+        ...
+
+    def layer_outputs(self, sequence: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """Output [len, H] of the embedding and of every decoder layer, to find where a failed sync went wrong."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the accelerator's memory back until `wake`; a no-op where there is none."""
+        ...
+
+    def wake(self) -> None: ...
+
+
+def checkpoint_names(model_path: str) -> frozenset[str]:
+    """Names of the tensors that a complete sync must bring, read from the model's own checkpoint.
+
+    Taken from the files and not from the learner, so that a learner that forgets a tensor cannot vouch for itself. A tied
+    output head is the embedding, and is expected once.
+    """
+    from safetensors import safe_open
+
+    folder = Path(model_path)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ResourceError(f"model.path={model_path}: no *.safetensors file there. Save the model with safetensors.")
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as handle:
+            names.update(handle.keys())
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("tie_word_embeddings", False):
+        names.discard("lm_head.weight")
+    return frozenset(names)

@@ -1,0 +1,134 @@
+"""vLLM in this process: the engine that a Ray actor wraps.
+
+The synchronous engine runs inside the actor itself (no process of its own), so that weights are loaded from shared memory
+without serialising them, generation is deterministic, and nothing survives when the actor is killed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlkit.types import Completion, FinishReason, SampleRequest, SamplingSpec
+from rlkit.workers.rollout.engine import EngineSpec, checkpoint_names
+from rlkit.workers.weight_sync import Manifest, PackedTensor, WeightPart, check_complete, unpack
+
+# Read by vLLM when it is imported, so they are set before.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CONFIGURE_LOGGING": os.environ.get("VLLM_CONFIGURE_LOGGING", "1"),
+}
+
+
+class VllmRolloutEngine:
+    """Implements `Engine`."""
+
+    def __init__(self, spec: EngineSpec):
+        os.environ.update(ENVIRONMENT)
+        from vllm import LLM
+
+        self.version = -1
+        self._expected_names = checkpoint_names(spec.model_path)
+        self._staged: dict[str, PackedTensor] = {}
+        self._loads = 0
+        self._llm = LLM(
+            model=spec.model_path,
+            dtype=spec.dtype,  # pyright: ignore[reportArgumentType]
+            trust_remote_code=spec.trust_remote_code,
+            skip_tokenizer_init=True,
+            max_model_len=spec.max_model_tokens,
+            max_num_seqs=spec.max_num_seqs,
+            # A seeded request whose prompt is split over two scheduler steps crashes the CPU sampler of vLLM 0.32, so
+            # prompts are never split, and a step has room for any of them.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(2048, spec.max_model_tokens),
+            kv_cache_memory_bytes=spec.kv_cache_mib << 20,
+            block_size=32,  # the default of 128 would never share a prompt shorter than that
+            enforce_eager=spec.enforce_eager,
+            generation_config="vllm",  # the model's own file must not change how training samples
+            logprobs_mode="processed_logprobs",  # after temperature: what the learner computes too
+            seed=0,
+            worker_extension_cls="rlkit.workers.rollout.vllm_extension.SyncExtension",
+        )
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> list[Completion]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=list(sampling.stop_token_ids),
+                seed=request.seed,
+                logprobs=0,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            for request in requests
+        ]
+        outputs = self._llm.generate([self._prompt(r.prompt_ids) for r in requests], params, use_tqdm=False)
+        return [self._completion(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
+
+    def _prompt(self, token_ids: tuple[int, ...]):
+        # The salt keeps blocks that older weights computed from being shared, even if a reset of the cache is refused.
+        return {"prompt_token_ids": list(token_ids), "cache_salt": f"{self._loads}:{self.version}"}
+
+    def _completion(self, request: SampleRequest, output) -> Completion:
+        ids = np.asarray(output.token_ids, dtype=np.int64)
+        logprobs = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
+        return Completion(
+            sample_id=request.sample_id,
+            response_ids=ids,
+            rollout_logprobs=np.asarray(logprobs, dtype=np.float32),
+            policy_version=np.full(len(ids), self.version, dtype=np.int64),
+            finish_reason=FinishReason(output.finish_reason),
+        )
+
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self._llm.generate([self._prompt(sequence) for sequence in sequences], params, use_tqdm=False)
+        return [
+            np.asarray(
+                [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)],
+                dtype=np.float32,
+            )
+            for sequence, output in zip(sequences, outputs, strict=True)
+        ]
+
+    def receive(self, part: WeightPart) -> None:
+        self._staged.update(part.tensors)
+
+    def commit(self, manifest: Manifest) -> None:
+        staged, self._staged = self._staged, {}
+        check_complete(manifest, staged, self._expected_names)
+        self._llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": ((name, unpack(packed)) for name, packed in staged.items())}
+        )
+        self._llm.collective_rpc("rlkit_finish_reload")
+        self._llm.reset_prefix_cache()
+        self._loads += 1
+        self.version = manifest.version
+
+    def layer_outputs(self, sequence: tuple[int, ...]) -> dict[str, np.ndarray]:
+        self._llm.collective_rpc("rlkit_start_capture")
+        try:
+            self.score([sequence])
+        finally:
+            captured = self._llm.collective_rpc("rlkit_stop_capture")[0]
+        return captured
+
+    def sleep(self) -> None:
+        """The CPU build has nothing to give back."""
+
+    def wake(self) -> None:
+        """See `sleep`."""

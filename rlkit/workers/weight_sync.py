@@ -1,0 +1,203 @@
+"""Learner weights -> engines. A sync is not done until it has been checked.
+
+Two checks run after every sync, and a third names the culprit when one of them fails:
+
+(a) completeness and bytes: the names that arrived are the names the engine's own checkpoint has, and the digest of every
+    tensor's bytes is the learner's. Catches lost, stale, torn and reordered transfers whatever the size of the update.
+(b) behaviour: the engine's log-probs of probe sequences are the learner's. Catches what bytes cannot show: a tensor that
+    arrived but did not reach the computation, such as a repacked copy of a tied output head.
+(c) on failure, the outputs of every layer on a probe, compared in order: the first that differs is where to look.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlkit.errors import SyncError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedTensor:
+    """A tensor as raw bytes: numpy crosses processes without a copy, and bfloat16 has no numpy type."""
+
+    dtype: str  # of torch, such as "bfloat16"
+    shape: tuple[int, ...]
+    data: np.ndarray  # [bytes] uint8, possibly read-only
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightPart:
+    """One layer group of one version. Parts bound the memory that a sync needs on both sides."""
+
+    version: int
+    tensors: dict[str, PackedTensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a complete version consists of: checkpoint name -> digest of its bytes, as the learner sent them."""
+
+    version: int
+    digests: dict[str, str]
+
+
+def pack(tensor: Tensor) -> PackedTensor:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return PackedTensor(
+        dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), data=flat.view(torch.uint8).numpy()
+    )
+
+
+def unpack(packed: PackedTensor) -> Tensor:
+    """A tensor over the same memory, which may be read-only: copy from it, never write to it."""
+    data = packed.data if packed.data.flags.writeable else packed.data.copy()
+    return torch.from_numpy(data).view(getattr(torch, packed.dtype)).view(packed.shape)
+
+
+def digest(packed: PackedTensor) -> str:
+    header = f"{packed.dtype}{packed.shape}".encode()
+    return hashlib.blake2b(packed.data, digest_size=16, key=header[:64]).hexdigest()
+
+
+def layer_groups(names: Sequence[str]) -> list[list[str]]:
+    """Checkpoint names grouped by decoder layer, in the model's order; what belongs to no layer comes first.
+
+    Engines rebuild a layer once all of it has arrived, so a layer's tensors travel together.
+    """
+    groups: dict[int, list[str]] = {}
+    for name in names:
+        match = re.search(r"\blayers\.(\d+)\.", name)
+        groups.setdefault(int(match.group(1)) if match else -1, []).append(name)
+    return [groups[key] for key in sorted(groups)]
+
+
+def check_complete(manifest: Manifest, received: dict[str, PackedTensor], expected_names: frozenset[str]) -> None:
+    """Check (a). Raises SyncError naming the first offender."""
+    for title, names in (("the engine", frozenset(received)), ("the manifest", frozenset(manifest.digests))):
+        if missing := sorted(expected_names - names):
+            raise SyncError(
+                f"Weight sync {manifest.version}: {title} got {len(names)} tensors and lacks {len(missing)} of the "
+                f"{len(expected_names)} in the model's checkpoint, first {missing[0]}."
+            )
+        if extra := sorted(names - expected_names):
+            raise SyncError(f"Weight sync {manifest.version}: {title} got {extra[0]}, which the model's checkpoint does not have.")
+    for name, packed in received.items():
+        if digest(packed) != manifest.digests[name]:
+            raise SyncError(f"Weight sync {manifest.version}: the bytes of {name} are not those that the learner sent.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """How far engine and learner may be apart on a probe."""
+
+    max_abs: float  # |difference| of one token's log-prob
+    mean_exp_abs: float  # mean of exp|difference|
+    layer: float  # mean relative difference of a layer's output, when looking for the culprit
+
+
+# float32 engines and learners agree to 3e-5, so 1e-4 is a real gate. In bfloat16 the two round differently (0.3 at worst
+# on one token), so only the mean is held: a stale or half-loaded model is far above 1.1.
+TOLERANCES = {
+    "float32": Tolerance(max_abs=1e-4, mean_exp_abs=1.0001, layer=1e-4),
+    "bfloat16": Tolerance(max_abs=float("inf"), mean_exp_abs=1.1, layer=0.05),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyncReport:
+    """What a sync cost and how well it matched."""
+
+    version: int
+    sync_s: float
+    check_s: float
+    max_abs: float  # largest |engine - learner| log-prob over the probes, over all engines
+    mean_exp_abs: float
+
+
+class LearnerSide(Protocol):
+    """What `sync_weights` asks of the learner; every call may raise WorkerError."""
+
+    def num_parts(self) -> int: ...
+    def export_part(self, index: int, version: int) -> Any: ...
+    def manifest(self, version: int) -> Manifest: ...
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]: ...
+    def layer_outputs(self, sequence: tuple[int, ...]) -> dict[str, np.ndarray]: ...
+
+
+class EngineSide(Protocol):
+    """What `sync_weights` asks of all engines together."""
+
+    def receive(self, part: Any) -> None: ...
+    def commit(self, manifest: Manifest) -> None: ...
+    def score_each(self, sequences: Sequence[tuple[int, ...]]) -> list[list[np.ndarray]]: ...
+    def layer_outputs(self, engine: int, sequence: tuple[int, ...]) -> dict[str, np.ndarray]: ...
+
+
+def sync_weights(
+    learner: LearnerSide,
+    engines: EngineSide,
+    *,
+    version: int,
+    probes: Sequence[tuple[int, ...]],
+    tolerance: Tolerance,
+) -> SyncReport:
+    """Bring every engine to the learner's weights, and prove it. Raises SyncError naming what differs."""
+    start = time.monotonic()
+    for index in range(learner.num_parts()):
+        engines.receive(learner.export_part(index, version))
+    engines.commit(learner.manifest(version))  # check (a) is the engine's own
+    sent = time.monotonic()
+    max_abs, mean_exp_abs = check_behaviour(learner, engines, version=version, probes=probes, tolerance=tolerance)
+    return SyncReport(
+        version=version,
+        sync_s=sent - start,
+        check_s=time.monotonic() - sent,
+        max_abs=max_abs,
+        mean_exp_abs=mean_exp_abs,
+    )
+
+
+def check_behaviour(
+    learner: LearnerSide,
+    engines: EngineSide,
+    *,
+    version: int,
+    probes: Sequence[tuple[int, ...]],
+    tolerance: Tolerance,
+) -> tuple[float, float]:
+    """Checks (b) and (c). Returns the largest |engine - learner| log-prob over all engines, and the mean of its exp."""
+    expected = np.concatenate(learner.score(probes))
+    gaps = []
+    for number, scores in enumerate(engines.score_each(probes)):
+        gap = np.abs(np.concatenate(scores) - expected)
+        max_abs, mean_exp_abs = float(gap.max()), float(np.exp(gap).mean())
+        if not (max_abs <= tolerance.max_abs and mean_exp_abs <= tolerance.mean_exp_abs):
+            place = first_difference(
+                learner.layer_outputs(probes[0]), engines.layer_outputs(number, probes[0]), allowed=tolerance.layer
+            )
+            raise SyncError(
+                f"Weight sync {version}: engine {number}'s log-probs differ from the learner's by {max_abs:.2g} at most "
+                f"(allowed {tolerance.max_abs:.2g}), mean exp|difference| {mean_exp_abs:.4f} (allowed "
+                f"{tolerance.mean_exp_abs:.4f}); first difference: {place}. The engine does not hold the learner's weights, "
+                "and nothing was sampled from it."
+            )
+        gaps.append((max_abs, mean_exp_abs))
+    return max(gap[0] for gap in gaps), max(gap[1] for gap in gaps)
+
+
+def first_difference(learner: dict[str, np.ndarray], engine: dict[str, np.ndarray], *, allowed: float) -> str:
+    """The first layer, in the order of computation, whose mean relative difference is above `allowed`; else the output head."""
+    for name, mine in learner.items():
+        relative = float(np.abs(engine[name] - mine).mean() / (np.abs(mine).mean() + 1e-12))
+        if not relative <= allowed:
+            return f"{name} (mean relative difference {relative:.2g})"
+    return "the final norm or lm_head (every layer before them agrees)"

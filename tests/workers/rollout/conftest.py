@@ -1,0 +1,33 @@
+"""Real engines, built once: vLLM in Ray actors, transformers in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from rlkit.controller.fleet import ENGINE_CLASSES
+from rlkit.controller.local import InProcessCluster
+from rlkit.workers.handle import Handle
+from rlkit.workers.rollout.engine import EngineSpec
+
+
+@pytest.fixture(scope="session")
+def engine_of(random_model, request) -> Callable[..., Handle]:
+    """A function (kind, tied) -> engine of the random model."""
+    here = InProcessCluster()
+
+    def get(kind: str, *, tied: bool) -> Handle:
+        spec = EngineSpec(
+            kind=kind,
+            model_path=random_model(tied=tied),
+            dtype="float32",
+            trust_remote_code=False,
+            max_model_tokens=96,
+            max_num_seqs=64,
+            kv_cache_mib=16,
+        )
+        cluster = request.getfixturevalue("ray_cluster") if kind == "vllm" else here
+        return cluster.worker(("test engine", spec), f"{kind} engine", ENGINE_CLASSES[kind], spec)
+
+    return get
