@@ -39,7 +39,7 @@ def as_text(described: dict[str, Any], only: list[str]) -> str:
         for name, option in found.items():
             lines.append(f"  {group}={name}: {option['description']}")
             if option["sets"]:
-                lines.append("      " + " ".join(f"{key}={value}" for key, value in option["sets"].items()))
+                lines.append("      " + " ".join(f"{key}={_written(value)}" for key, value in option["sets"].items()))
             else:
                 lines += _setting_lines(option["settings"], "      ")
     return "\n".join(lines)
@@ -55,9 +55,12 @@ def _setting_lines(settings: list[dict[str, Any]], indent: str) -> list[str]:
 
 
 def _written(value: Any) -> str:
+    """A value as one would write it in an override."""
     if isinstance(value, list):
         return f"[{','.join(map(_written, value))}]"
-    return {None: "null", True: "true", False: "false", "": "''"}.get(value, str(value)) if not isinstance(value, dict) else "{}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) or "''"
 
 
 def _option(group: str, name: str) -> dict[str, Any]:

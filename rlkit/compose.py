@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from rlkit.config import CHOICES, RunConfig, base_of, examine, nearest, report, suggest
+from rlkit.config import CHOICES, RunConfig, base_of, class_of, examine, nearest, report, suggest
 from rlkit.errors import ConfigError
 from rlkit.resources import conf_dir
 
@@ -65,12 +65,24 @@ def compose(overrides: Sequence[str] = (), *, stored: Mapping[str, Any] | None =
     parsed, found = _parse(overrides)
     for override in parsed:
         if override.is_sweep_override():
-            found.append(_problem(override.key_or_group, f"{override.input_line}: several values. Write -m to train one run for each."))
+            text = f"{override.input_line}: several values. Write -m to train one run for each."
+            found.append(_problem(override.key_or_group, text))
     cfg, more = _settings([each for each in parsed if not each.is_sweep_override()], stored)
     config, more = _finish(cfg, found + more)
     if config is None or more:
         raise ConfigError(report([problem.text for problem in more]))
     return config
+
+
+def read_stored(run_dir: Path) -> dict[str, Any]:
+    """The settings that a run folder keeps, as `compose(stored=...)` takes them. Raises ConfigError."""
+    try:
+        settings, chosen = (OmegaConf.to_container(OmegaConf.load(run_dir / name)) for name in ("config.yaml", "choices.yaml"))
+    except OSError as error:
+        raise ConfigError(f"{run_dir}: not the folder of a run ({error.strerror}: {error.filename}). Look in runs/.") from None
+    assert isinstance(settings, dict), run_dir
+    assert isinstance(chosen, dict), run_dir
+    return {str(key): {"choice": chosen[key], **value} if key in chosen else value for key, value in settings.items()}
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -147,7 +159,7 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
             continue
         key = override.key_or_group
         if override.is_delete():
-            found.append(_problem(key, f"{line}: settings cannot be removed. Off is a choice where it is possible, such as entropy=none."))
+            found.append(_problem(key, f"{line}: a setting cannot be removed. Off is a choice, such as entropy=none."))
         elif override.package is not None:
             found.append(_problem(key, f"{line}: there are no packages here. Write {key}={override.get_value_string()}."))
         elif override.is_hydra_override():
@@ -291,10 +303,10 @@ def _check(cfg: DictConfig, override: Override, uncertain: set[str]) -> Problem 
     if names[0] in CHOICES and len(names) > 1:
         if names[0] in uncertain:
             return _check_loosely(key, names)
-        node = cfg[names[0]]
-        if names[1] not in _settings_of(OmegaConf.get_type(node)):
+        cls = class_of(cfg[names[0]])
+        if names[1] not in _settings_of(cls):
             return _unknown_in_group(override, names[0], names[1], _choice_in(cfg, names[0]))
-        hint = get_type_hints(OmegaConf.get_type(node))[names[1]]
+        hint = get_type_hints(cls)[names[1]]
         depth = 2
     elif names[0] in _top_level() and names[0] not in CHOICES:
         hint = get_type_hints(RunConfig)[names[0]]
@@ -367,7 +379,7 @@ def _top_level() -> list[str]:
 
 
 def _choice_in(cfg: DictConfig, group: str) -> str:
-    cls = OmegaConf.get_type(cfg[group])
+    cls = class_of(cfg[group])
     return next(name for name, node in CHOICES[group].items() if node is cls)
 
 

@@ -31,7 +31,7 @@ from rlkit.errors import ConfigError
 from rlkit.resources import reward_fns_dir
 from rlkit.settings import (
     AdamW,
-    BadRow as BadRow,
+    BadRow,  # noqa: F401
     ClusterSettings,
     ComparisonData,
     Data,
@@ -57,7 +57,7 @@ from rlkit.settings import (
     RolloutEngine,
     Sgd,
     SingleTurn,
-    TableData as TableData,
+    TableData,  # noqa: F401
     Tracking,
     TransformersEngine,
     VllmEngine,
@@ -195,6 +195,13 @@ def base_of(group: str) -> type:
     return _BASES[group]
 
 
+def class_of(node: DictConfig) -> type:
+    """The dataclass that a composed group was made from."""
+    cls = OmegaConf.get_type(node)
+    assert cls is not None
+    return cls
+
+
 def choice_of(group: str, settings: object) -> str:
     """The name that `settings` was chosen by: the first, where several names share a class."""
     return next(name for name, node in CHOICES[group].items() if node is type(settings))
@@ -258,7 +265,7 @@ def _names() -> list[str]:
 
 
 def _examine_group(group: str, node: DictConfig) -> tuple[object | None, list[str]]:
-    cls = OmegaConf.get_type(node)
+    cls = class_of(node)
     known = [field.name for field in fields(cls)]
     found = [f"{group}.{key}: no such setting.{suggest(str(key), known)}" for key in node if key not in known]
     values: dict[str, Any] = {}
@@ -293,7 +300,7 @@ def _what_to_write(key: str, group: DictConfig) -> str:
     match key:
         case "reward.fn":
             return f" Write reward.fn=my_rewards.py:my_function, or one of {', '.join(_reward_names())}."
-        case "data.path" if OmegaConf.get_type(group) is HuggingFaceData:
+        case "data.path" if class_of(group) is HuggingFaceData:
             return " Write data.path=name/on-the-hub or data.path=folder."
         case "data.path":
             return " Write data.path=file."

@@ -89,7 +89,7 @@ class TableData(Data):
 class JsonlData(TableData):
     """One JSON object per line."""
 
-    path: str = MISSING
+    path: str = MISSING  # of the file
     held_out_path: str | None = None  # evaluate on these rows instead of a share of the others
 
 
@@ -97,18 +97,18 @@ class JsonlData(TableData):
 class ParquetData(TableData):
     """A parquet file."""
 
-    path: str = MISSING
-    held_out_path: str | None = None
+    path: str = MISSING  # of the file
+    held_out_path: str | None = None  # evaluate on these rows instead of a share of the others
 
 
 @dataclass(kw_only=True, slots=True)
 class HuggingFaceData(TableData):
     """A Hugging Face data set, by hub name or by folder."""
 
-    path: str = MISSING
+    path: str = MISSING  # a name on the hub, or a folder
     name: str | None = None  # of the configuration, where the data set has several
     split: str = "train"
-    held_out_split: str | None = None
+    held_out_split: str | None = None  # evaluate on it instead of on a share of the other
 
 
 @dataclass(kw_only=True, slots=True)
@@ -116,7 +116,7 @@ class ReasoningGymData(Data):
     """Endless verifiable tasks from the reasoning-gym package."""
 
     task: str = MISSING  # such as chain_sum, countdown, basic_arithmetic
-    size: int = 4096
+    size: int = 4096  # problems
     options: dict[str, Any] = field(default_factory=dict)  # passed to the task
     system_prompt: str | None = None
     chat: bool = True
@@ -225,7 +225,7 @@ class Optimizer:
     """Base of the optimisers."""
 
     learning_rate: float = 1e-6  # usual for a pretrained model; a tiny one takes a hundred times as much
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # optimiser steps from 0 to learning_rate
     schedule: Schedule = Schedule.constant
     final_fraction: float = 0.0  # of learning_rate, where a falling schedule ends
     max_grad_norm: float = 1.0
@@ -333,7 +333,7 @@ class ClusterSettings:
 class LocalRay(ClusterSettings):
     """Starts Ray on this machine, dashboard off, and stops it at the end."""
 
-    num_cpus: int | None = None  # None: all cores this process may use
+    num_cpus: int | None = None  # null: all cores this process may use
     object_store_mib: int = 1024
 
     def __post_init__(self):

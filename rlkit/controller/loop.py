@@ -51,9 +51,9 @@ def train(config: RunConfig, cluster: Cluster) -> RunSummary:
     folder = resolve(config.model.path)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     stops = stop_token_ids(folder, tokenizer)
-    with RewardPool(config.reward) as rewards:
+    with RewardPool(config.reward, base_dir=Path.cwd()) as rewards:
         prompts = load_prompts(
-            config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, reward_columns=rewards.required_columns
+            config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, reward_columns=rewards.signature.columns
         )
         with Tracker(run_dir, config) as tracker:
             engines, learner = Engines(config, cluster), Learners(config, cluster)

@@ -40,6 +40,7 @@ class Sampler:
 
     def submit(self, label: str, prompts: Sequence[Prompt], group_size: int, sampling: SamplingSpec) -> Submitted:
         """Start generation. `label` names the batch ("step-12") and is part of every sample's id and seed."""
+        started = time.monotonic()
         owners = [prompt for prompt in prompts for _ in range(group_size)]
         requests = [
             SampleRequest(
@@ -50,7 +51,7 @@ class Sampler:
             for place, prompt in enumerate(prompts)
             for index in range(group_size)
         ]
-        return Submitted(owners=owners, generation=self.engines.generate(requests, sampling), started=time.monotonic())
+        return Submitted(owners=owners, generation=self.engines.generate(requests, sampling), started=started)
 
     def collect(self, submitted: Submitted) -> Sampled:
         """Wait for the responses and score them. Raises RewardError when too many rewards fail."""

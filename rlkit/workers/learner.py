@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -201,7 +202,7 @@ class Learner:
     def logprobs(self, batch: TrainBatch) -> Tensor:
         """Log-probs [B, T] of this rank's rows under the current weights, at the sampling temperature."""
         out = torch.zeros(batch.response_mask.shape)
-        with torch.no_grad():
+        with self._inference():
             for rows in self._plan(batch):
                 part = batch.select(rows)
                 values = scatter(self._forward(part, gradient=False).logprobs, part)
@@ -212,6 +213,14 @@ class Learner:
     def set_reference_head(self, head: np.ndarray) -> None:
         """The reference's output head [V, H], for exact divergences from its hidden states."""
         self.reference_head = torch.from_numpy(head.copy()).to(self.device)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Forwards without a backward. FSDP leaves the root's gathered (and, in bfloat16, rounded) parameters in place after
+        them, and whoever reads parameters next must see the sharded float32 masters."""
+        with torch.no_grad():
+            yield
+        self.policy.reshard()  # pyright: ignore[reportCallIssue]  # fully_shard made it an FSDPModule
 
     def _forward(self, batch: TrainBatch, *, gradient: bool) -> TokenStatistics:
         """Statistics of the batch's response tokens; entropy is always measured when learning, and only then has a cost."""
@@ -276,7 +285,7 @@ class Learner:
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
         """Log-probs [len - 1] of each sequence's tokens given their prefixes, at temperature 1."""
         scores = []
-        with torch.no_grad():
+        with self._inference():
             for sequence in sequences:
                 statistics = self.policy(
                     input_ids=torch.tensor([sequence], device=self.device),
@@ -291,7 +300,7 @@ class Learner:
     def layer_outputs(self, sequence: tuple[int, ...]) -> dict[str, np.ndarray]:
         """See `Policy.layer_outputs`."""
         outputs: dict[str, np.ndarray] = {}
-        with torch.no_grad(), self.policy.capturing(outputs):
+        with self.policy.capturing(outputs):
             self.score([sequence])
         return outputs
 

@@ -172,6 +172,18 @@ def test_nothing_that_was_not_asked_for_is_computed():
     assert stats.divergence is None
 
 
+@pytest.mark.parametrize("chunk_tokens", [4, 100])
+def test_an_entropy_that_is_only_measured_is_the_same_number_without_a_gradient(chunk_tokens):
+    given = inputs() | {"ref_hidden": None, "ref_head": None}
+    settings = {"temperature": 0.9, "chunk_tokens": chunk_tokens, "with_entropy": True}
+    measured, trained = (statistics(**given, **settings, entropy_gradient=wanted) for wanted in (False, True))
+    torch.testing.assert_close((measured.logprobs, measured.entropy), (trained.logprobs, trained.entropy))
+    assert not measured.entropy.requires_grad
+    leaves = [given["hidden"], given["head"], given["head_bias"]]
+    gradients = [torch.autograd.grad(stats.logprobs.sum(), leaves) for stats in (measured, trained)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_results_are_float32_and_the_softmax_is_taken_in_float32(dtype):
     given = {name: x.detach() for name, x in inputs(dtype=torch.float32).items()}

@@ -210,12 +210,11 @@ def test_every_term_is_reduced_the_way_the_run_says(f1, aggregation):
 @pytest.mark.parametrize("correction", [Truncated(), NoCorrection()], ids=lambda c: type(c).__name__)
 def test_microbatches_add_up_to_the_whole_step(ragged, aggregation, sizes, correction):
     strategy = replace(FULL, correction=correction, aggregation=aggregation, divergence=ReverseKL(estimator=Estimator.k3_weighted))
-    coefs = {"divergence_coef": 0.3, "entropy_coef": 0.2}
-    whole = build(strategy, ragged, **coefs).terms
+    whole = build(strategy, ragged, divergence_coef=0.3, entropy_coef=0.2).terms
     (gradient,) = torch.autograd.grad(total(whole), ragged.logprobs)
     summed, start = torch.zeros_like(gradient), 0
     for size in sizes:
-        part = build(strategy, ragged, rows=slice(start, start + size), **coefs).terms
+        part = build(strategy, ragged, rows=slice(start, start + size), divergence_coef=0.3, entropy_coef=0.2).terms
         shares = [mine.coef * value_of(mine, denominators_of(all_)) for mine, all_ in zip(part, whole, strict=True)]
         summed += torch.autograd.grad(torch.stack(shares).sum(), ragged.logprobs)[0]
         start += size

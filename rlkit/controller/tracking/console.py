@@ -29,7 +29,7 @@ _PANEL: tuple[tuple[tuple[str, str, Format], ...], ...] = (
         ("reward", "reward/mean", number),
         ("held-out pass@1", "evaluation/pass@1", number),
         ("length", "length/mean", number),
-        ("cut off", "length/frac_truncated", percent),
+        ("truncated", "length/frac_truncated", percent),
     ),
     (
         ("entropy", "entropy/mean", number),
@@ -192,11 +192,14 @@ class LiveDisplay:
         metrics = {**self._metrics, **self._evaluation}
         blocks: list[RenderableType] = [self._progress(), ""]
         if columns := [column for fields in _PANEL if (column := _column(fields, metrics))]:
-            blocks += [Columns(columns, padding=(0, 4)), ""]
-        if curve := self._reward_curve():
-            blocks.append(curve)
+            blocks += [Columns(columns, padding=(0, 3)), ""]
+        pictures = Table.grid(padding=(0, 2))
+        pictures.add_column(style="dim")
+        if len(curve := sparkline(self._rewards, 40)) > 1:
+            pictures.add_row("reward", self._reward_curve(curve))
         if parts := step_parts(self._metrics):
-            blocks.append(_time_bar(parts))
+            pictures.add_row("time", _time_bar(parts))
+        blocks.append(pictures)
         return Panel(
             Group(*blocks),
             title=Text(self._title, style="bold"),
@@ -227,39 +230,35 @@ class LiveDisplay:
         )
         return row
 
-    def _reward_curve(self) -> Text | None:
-        curve = sparkline(self._rewards, 40)
-        if len(curve) < 2:
-            return None
+    def _reward_curve(self, curve: str) -> Text:
         finite = [reward for reward in self._rewards if reward == reward]
-        return Text.assemble(
-            ("reward  ", "dim"), (curve, "cyan"), ("  from ", "dim"), number(finite[0]), (" to ", "dim"), number(finite[-1])
-        )
+        return Text.assemble((curve, "cyan"), ("  from ", "dim"), number(finite[0]), (" to ", "dim"), number(finite[-1]))
 
 
 def _column(fields: Sequence[tuple[str, str, Format]], metrics: Mapping[str, float]) -> Table | None:
-    """Labels and values of the metrics that were sent."""
+    """Labels and values of the metrics that were sent. Its width is fixed, so that the panel does not breathe."""
     present = [(label, form(metrics[name])) for label, name, form in fields if name in metrics]
     if not present:
         return None
-    column = Table.grid(padding=(0, 2))
-    column.add_column(min_width=15, style="dim", no_wrap=True)
-    column.add_column(min_width=8, justify="right", no_wrap=True)  # one width, so that the panel does not breathe
+    column = Table.grid(padding=(0, 1))
+    column.add_column(min_width=max(len(label) for label, _, _ in fields), style="dim", no_wrap=True)
+    column.add_column(min_width=7, justify="right", no_wrap=True)
     for label, value in present:
         column.add_row(label, value)
     return column
 
 
-def _time_bar(parts: Mapping[str, float], width: int = 40) -> Text:
+def _time_bar(parts: Mapping[str, float], width: int = 40) -> RenderableType:
     """Where the last step's time went: a bar, then the shares."""
     total = sum(parts.values())
-    bar, legend, end, filled = Text("time    ", style="dim"), Text(), 0.0, 0
+    if not total:
+        return Text(duration(0.0))
+    bar, legend, end, filled = Text(), [], 0.0, 0
     for part, seconds in parts.items():
         end += seconds
-        cells = round(width * end / total) - filled if total else 0
+        cells = round(width * end / total) - filled
         filled += cells
-        style = _PART_STYLES[part]
-        bar.append("█" * cells, style=style)
-        legend.append("\n        " if not legend else "   ").append("■ ", style=style)
-        legend.append(f"{part} {100 * seconds / total if total else 0:.0f}%", style="not dim")
-    return bar.append(f"  {duration(total)} a step", style="not dim").append_text(legend)
+        bar.append("█" * cells, style=_PART_STYLES[part])
+        if percentage := round(100 * seconds / total):
+            legend.append(Text.assemble(("■ ", _PART_STYLES[part]), f"{part} {percentage}%"))
+    return Group(bar.append(f"  {duration(total)} a step", style="default"), Columns(legend, padding=(0, 2)))

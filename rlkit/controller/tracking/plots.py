@@ -48,7 +48,7 @@ def write_plots(history: History, folder: Path) -> list[Path]:
             figure = Figure(figsize=(6.0, 3.5), dpi=160, layout="constrained")
             FigureCanvasAgg(figure)
             axes = figure.add_subplot(xlabel="step")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
             if not draw(axes, history):
                 continue
             _legend(axes)
@@ -89,10 +89,10 @@ def _entropy(axes: Axes, history: History) -> bool:
 
 
 def _kl(axes: Axes, history: History) -> bool:
-    axes.set(title="KL divergence of the policy", ylabel="nats per token")
+    axes.set(title="KL divergence from the reference and within a step", ylabel="nats per token")
     axes.axhline(0, color="#666666", linewidth=0.8)
     return _lines(
-        axes, history, {"kl/ref_token_mean": "from the reference", "policy/approx_kl_k3": "from the start of the step (k3)"}
+        axes, history, {"policy/approx_kl_k3": "this step (k3)", "kl/ref_token_mean": "reference"}
     )
 
 
@@ -104,8 +104,8 @@ def _length(axes: Axes, history: History) -> bool:
 
 
 def _mismatch(axes: Axes, history: History) -> bool:
-    axes.set(title="Log-probs of engine and learner: difference", ylabel="nats per token", yscale="log")
-    names = {"mismatch/max": "largest", "mismatch/mean": "mean", "mismatch/k3": "k3"}
+    axes.set(title="Log-prob difference between engine and learner", ylabel="nats per token", yscale="log")
+    names = {"mismatch/k3": "k3", "mismatch/mean": "mean", "mismatch/max": "largest"}
     return _lines(axes, history, names, positive=True)
 
 
@@ -120,7 +120,7 @@ def _time(axes: Axes, history: History) -> bool:
     colours = [_PART_COLOURS[part] for part in present]
     axes.set(title="Where the time of a step goes", ylabel="seconds")
     if len(steps) > 1:
-        axes.stackplot(steps, layers, labels=present, colors=colours, linewidth=0)
+        axes.stackplot(steps, layers, labels=present, colors=colours, linewidth=0.5, edgecolor="white")
         axes.margins(x=0)
     else:  # an area needs two points
         for i, (part, layer, colour) in enumerate(zip(present, layers, colours, strict=True)):
@@ -169,7 +169,6 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _legend(axes: Axes) -> None:
-    """Beside the curves, in their order from above, never on them."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0, fontsize=8)
+    """Beside the curves, never on them. The pictures draw from below, so the last is the uppermost."""
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, fontsize=8, reverse=True)

@@ -70,10 +70,10 @@ class WandbSink:
     def __init__(self, settings: WandbTracking, *, run_dir: Path, name: str, config: dict[str, Any]):
         try:
             wandb = importlib.import_module("wandb")
-        except ImportError:
+        except ImportError as error:
             raise ResourceError(
-                'tracking=wandb needs the wandb package, which is not installed. Run `pip install -e ".[wandb]"` in the clone '
-                "of rlkit, or write tracking=files."
+                f'tracking=wandb needs the wandb package ({error}). Run `pip install -e ".[wandb]"` in the clone of rlkit, or '
+                "write tracking=files."
             ) from None
         try:
             self._run = wandb.init(project=settings.project, entity=settings.entity, name=name, dir=str(run_dir), config=config)

@@ -89,6 +89,7 @@ def build(out_dir: str | Path, seed: int = 0, *, steps: int = STEPS, num_threads
         model = LlamaForCausalLM(make_config(tokenizer))
         _train(model, tokenizer, seed, steps, Path(work, "trainer"))
         model.to(torch.bfloat16)
+        model.config.use_cache = True  # the trainer switches it off and would save that
         model.generation_config = GenerationConfig(
             do_sample=True,
             bos_token_id=tokenizer.bos_token_id,

@@ -114,10 +114,13 @@ class VllmRolloutEngine:
         self._llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": ((name, unpack(packed)) for name, packed in staged.items())}
         )
-        self._llm.collective_rpc("rlkit_finish_reload")
+        self._finish_reload()
         self._llm.reset_prefix_cache()
         self._loads += 1
         self.version = manifest.version
+
+    def _finish_reload(self) -> None:
+        self._llm.collective_rpc("rlkit_finish_reload")
 
     def layer_outputs(self, sequence: tuple[int, ...]) -> dict[str, np.ndarray]:
         self._llm.collective_rpc("rlkit_start_capture")

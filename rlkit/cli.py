@@ -1,0 +1,323 @@
+"""The command line. Nothing but the standard library is imported before a command needs it, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rlkit.errors import ConfigError, RlkitError
+
+if TYPE_CHECKING:
+    from rlkit.config import RunConfig
+
+COMMANDS = {
+    "train": "train a policy",
+    "eval": "evaluate a checkpoint on held-out prompts",
+    "choices": "list everything that can be chosen and set",
+    "model": "build or fetch the models that rlkit knows by name",
+}
+
+HELP = f"""usage: rlkit <command> ...
+
+RL post-training of language models.
+
+commands:
+{chr(10).join(f"  {name:<9}{what}" for name, what in COMMANDS.items())}
+
+options:
+  -h, --help     show this text; `rlkit <command> --help` explains a command
+  --version      show the version
+
+examples:
+  rlkit train                                          the built-in task on this machine
+  rlkit train num_steps=20 optimizer.learning_rate=1e-4
+  rlkit train model=smollm2_135m data=gsm8k_jsonl data.path=train.jsonl reward.fn=my_rewards.py:exact
+  rlkit train -m divergence=none,reverse_kl seed=1,2   four runs, one after the other
+  rlkit train dry_run=true                             check everything, print what would run, start nothing
+  rlkit eval runs/quickstart-20260101-120000           the newest checkpoint of a run
+  rlkit choices divergence                             what divergences there are, with their settings
+
+exit codes: 0 done, 2 configuration or data, 3 resources, 4 a component failed, 5 not finite, 75 stopped with a checkpoint,
+130 interrupted
+"""
+
+TRAIN = """Train a policy.
+
+A setting is written key=value, a choice group=name; `rlkit choices` lists them all. With no settings it is
+experiment=quickstart: the built-in task, a tiny model, minutes on a CPU. With data= and no experiment= it is
+experiment=none: the usual choices and every setting's own default, none of quickstart's numbers.
+Whatever is wrong with the settings is reported at once, before anything starts."""
+
+TRAIN_EXAMPLES = """examples:
+  rlkit train
+  rlkit train experiment=grpo_published divergence.coef=0.01 seed=3
+  rlkit train data=jsonl data.path=train.jsonl data.prompt_column=question reward.fn=my_rewards.py:exact
+  rlkit train -m divergence=none,reverse_kl 'seed=range(1,4)'
+  rlkit train dry_run=true group_size=8
+"""
+
+EVAL = """Evaluate a checkpoint on held-out prompts: mean reward, unbiased pass@k with 95 % intervals, distinct right answers.
+
+The folder is a run's (its newest checkpoint is taken) or a checkpoint's. Data, reward and sampling are the run's own
+unless overridden; a model that no rlkit run made is evaluated on experiment=quickstart, or on the data you name."""
+
+EVAL_EXAMPLES = """examples:
+  rlkit eval runs/quickstart-20260101-120000
+  rlkit eval runs/quickstart-20260101-120000/checkpoints/step_000100 evaluation.num_prompts=1000
+  rlkit eval my-model data=jsonl data.path=test.jsonl reward.fn=gsm8k
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: --"):
+            written = message.partition(": ")[2].split()[0]
+            message = f"{written}: settings are written without dashes, such as {written.lstrip('-') or 'seed=1'}."
+        raise ConfigError(f"{message} See {self.prog} --help.")
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(guard(lambda: dispatch(sys.argv[1:])))
+
+
+def run(overrides: Sequence[str] | None = None, extra: Mapping[str, Mapping[str, type]] | None = None) -> None:
+    """`rlkit train` from a script of your own, which may bring choices: extra={"objective": {"mine": Mine}}.
+
+    Overrides are the script's own arguments unless given (`-m` among them makes it a sweep). Like the command it prints a
+    user's mistake without a traceback, and exits with its code; it returns when all went well.
+    """
+    arguments = sys.argv[1:] if overrides is None else list(overrides)
+
+    def train() -> int:
+        from rlkit.config import register
+
+        register(extra or {})
+        return command_train(arguments, prog=Path(sys.argv[0]).name)
+
+    if code := guard(train):
+        sys.exit(code)
+
+
+def guard(command: Callable[[], int]) -> int:
+    """The command's exit code; a RlkitError becomes one message and its own code."""
+    try:
+        return command()
+    except RlkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        sys.stderr.close()
+        return 0
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Find the command and run it."""
+    match arguments:
+        case []:
+            print(HELP, end="")
+            return ConfigError.exit_code
+        case ["-h" | "--help" | "help", *_]:
+            print(HELP, end="")
+            return 0
+        case ["--version", *_]:
+            print(f"rlkit {version('rlkit-llm')}")
+            return 0
+        case ["train", *rest]:
+            return command_train(rest)
+        case ["eval", *rest]:
+            return command_eval(rest)
+        case ["choices", *rest]:
+            return command_choices(rest)
+        case ["model", *rest]:
+            return command_model(rest)
+        case [other, *_]:
+            from difflib import get_close_matches  # config.suggest would bring Hydra and torch
+
+            near = get_close_matches(other, COMMANDS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = f" Settings follow a command: rlkit train {other}." if "=" in other else hint
+            raise ConfigError(f"{other}: no such command.{hint} Commands: {', '.join(COMMANDS)}.")
+    raise AssertionError(arguments)
+
+
+def _parser(prog: str, description: str, epilog: str = "") -> _Parser:
+    return _Parser(
+        prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def _parse(parser: _Parser, arguments: Sequence[str]) -> argparse.Namespace | None:
+    """None after --help, which argparse answers by leaving."""
+    try:
+        return parser.parse_intermixed_args(list(arguments))
+    except SystemExit as leaving:
+        if leaving.code:
+            raise
+        return None
+
+
+def command_train(arguments: Sequence[str], prog: str = "rlkit train") -> int:
+    """One run, or with -m every run of a sweep."""
+    parser = _parser(prog, TRAIN, TRAIN_EXAMPLES)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a setting, or a choice as group=name")
+    parser.add_argument("-m", "--multirun", action="store_true", help="key=a,b trains one run for each combination of values")
+    if (given := _parse(parser, arguments)) is None:
+        return 0
+    from rlkit.compose import Arm, compose, compose_arms
+
+    if given.multirun:
+        arms = compose_arms(given.overrides)
+    else:
+        arms = [Arm(label="", overrides=tuple(given.overrides), config=compose(given.overrides))]
+    if any(arm.config.dry_run for arm in arms):
+        for arm in arms:
+            rehearse(arm.config)
+        return 0
+    from rlkit.controller.cluster import open_cluster
+    from rlkit.controller.loop import train
+
+    if given.multirun:
+        from rlkit.sweep import run_sweep
+
+        return run_sweep(arms, train)
+    config = arms[0].config
+    with open_cluster(config.cluster) as cluster:
+        train(config, cluster)
+    return 0
+
+
+def rehearse(config: RunConfig) -> None:
+    """`dry_run=true`: everything short of starting a worker. The model's files, the reward function and every row are looked at."""
+    from rlkit.data.models.loading import load_tokenizer, resolve
+    from rlkit.data.prompts import load_prompts
+    from rlkit.data.rewards.pool import RewardPool
+    from rlkit.schedule import schedule
+
+    print(schedule(config))
+    tokenizer = load_tokenizer(resolve(config.model.path), trust_remote_code=config.model.trust_remote_code)
+    with RewardPool(config.reward, base_dir=Path.cwd()) as rewards:
+        columns = rewards.signature.columns
+        prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, reward_columns=columns)
+    print(f"{len(prompts.train):,} prompts to train on, {len(prompts.held_out):,} held out. Nothing was started: dry_run=true.")
+
+
+def command_eval(arguments: Sequence[str]) -> int:
+    """Held-out evaluation of a checkpoint."""
+    parser = _parser("rlkit eval", EVAL, EVAL_EXAMPLES)
+    parser.add_argument("folder", help="a run folder, or a checkpoint in Hugging Face format")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the run's")
+    if (given := _parse(parser, arguments)) is None:
+        return 0
+    if "=" in given.folder:
+        raise ConfigError(f"{given.folder}: the folder comes first: rlkit eval <folder> {given.folder}.")
+    checkpoint, run_dir = locate(Path(given.folder))
+    config = evaluation_config(checkpoint, run_dir, given.overrides)
+    from rlkit.controller.cluster import open_cluster
+    from rlkit.controller.evaluate import evaluate_checkpoint
+    from rlkit.controller.tracking.format import number
+
+    print(f"{checkpoint}: {config.evaluation}")
+    with open_cluster(config.cluster) as cluster:
+        metrics = evaluate_checkpoint(config, cluster).metrics()
+    for name in (name for name in metrics if f"{name}_low" in metrics):
+        low, high = number(metrics[f"{name}_low"]), number(metrics[f"{name}_high"])
+        print(f"  {name.removeprefix('evaluation/'):<10} {number(metrics[name])}  (95 % interval {low} to {high})")
+    return 0
+
+
+def locate(folder: Path) -> tuple[Path, Path | None]:
+    """The checkpoint that `folder` is or holds, and the run it belongs to, if any."""
+    if (folder / "config.json").is_file():
+        run_dir = folder.resolve().parent.parent
+        return folder, run_dir if (run_dir / "choices.yaml").is_file() else None
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder. Write a run folder (under runs/) or a checkpoint folder.")
+    # Their names carry the step, zero-padded, so the last in the alphabet is the newest; a half-written one starts with a dot.
+    whole = sorted(file.parent for file in folder.glob("checkpoints/[!.]*/config.json"))
+    if not whole:
+        raise ConfigError(f"{folder}: neither a checkpoint (config.json) nor a run with one (checkpoints/*/config.json).")
+    return whole[-1], folder
+
+
+def evaluation_config(checkpoint: Path, run_dir: Path | None, overrides: Sequence[str]) -> RunConfig:
+    """The run's settings with the checkpoint as the model."""
+    from rlkit.compose import compose, read_stored
+    from rlkit.settings import HeldOut
+
+    model = {"choice": "path", "path": str(checkpoint)}
+    stored: dict[str, Any] | None = None
+    if run_dir is None:
+        overrides = ["model=path", f"model.path={quoted(str(checkpoint))}", *overrides]
+    else:
+        stored = read_stored(run_dir)
+        stored["model"] |= model
+        if stored["evaluation"]["choice"] == "none":
+            overrides = ["evaluation=held_out", *overrides]
+    config = compose(overrides, stored=stored)
+    if not isinstance(config.evaluation, HeldOut):
+        raise ConfigError("evaluation=none: nothing to do. Write evaluation=held_out.")
+    return config
+
+
+def quoted(text: str) -> str:
+    """As one value of an override, whatever is in it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def command_choices(arguments: Sequence[str]) -> int:
+    """Groups, options, settings."""
+    parser = _parser("rlkit choices", "List every group, what can be chosen in it, and the settings of each choice.")
+    parser.add_argument("groups", nargs="*", metavar="group", help="only these")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    if (given := _parse(parser, arguments)) is None:
+        return 0
+    import json
+
+    from rlkit.choices import as_text, describe
+    from rlkit.config import suggest
+
+    described = describe()
+    for group in given.groups:
+        if group not in described["groups"]:
+            known = described["groups"]
+            raise ConfigError(f"{group}: no such group.{suggest(group, known)} Groups: {', '.join(known)}.")
+    if given.json:
+        if given.groups:
+            described = {"groups": {group: described["groups"][group] for group in given.groups}}
+        print(json.dumps(described, indent=2))
+    else:
+        print(as_text(described, given.groups))
+    return 0
+
+
+def command_model(arguments: Sequence[str]) -> int:
+    """Build the tiny model, fetch the pretrained one."""
+    parser = _parser("rlkit model", "Build or fetch the models that rlkit knows by name.")
+    parser.add_argument("action", choices=["build", "fetch"], help="build tiny: train it again; fetch smollm2_135m: get it once")
+    parser.add_argument("name", choices=["tiny", "smollm2_135m"])
+    parser.add_argument("--out", type=Path, default=Path("tiny"), help="folder for `build tiny` (default: tiny)")
+    if (given := _parse(parser, arguments)) is None:
+        return 0
+    if (given.action, given.name) == ("build", "tiny"):
+        from rlkit.data.models.tiny import build
+
+        print(f"{build(given.out)}: built. Train from it with rlkit train model=path model.path={given.out}")
+    elif (given.action, given.name) == ("fetch", "smollm2_135m"):
+        from rlkit.data.models.smollm2 import fetch
+
+        print(f"{fetch()}: fetched. Train from it with rlkit train model=smollm2_135m")
+    else:
+        raise ConfigError(f"model {given.action} {given.name}: write rlkit model build tiny, or rlkit model fetch smollm2_135m.")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What a run will do, worked out from its settings: for `dry_run=true`."""
+
+from __future__ import annotations
+
+from rlkit.config import RunConfig, choice_of, to_yaml
+from rlkit.settings import HeldOut
+
+
+def schedule(config: RunConfig) -> str:
+    """Prompts, samples, tokens, updates and workers in a few lines, then every setting as YAML."""
+    facts = [
+        ("policy", f"{config.model.path}, {config.model.dtype.name}"),
+        ("each step", _step(config)),
+        ("update", _update(config)),
+        ("whole run", _run(config)),
+        ("evaluation", _evaluation(config)),
+        ("workers", _workers(config)),
+    ]
+    width = max(len(name) for name, _ in facts)
+    lines = [f"{name:<{width}}  {text}" for name, text in facts]
+    return "\n".join([config.experiment_name, *(f"  {line}" for line in lines), "", to_yaml(config)])
+
+
+def _step(config: RunConfig) -> str:
+    samples, tokens = config.samples_per_step, config.samples_per_step * config.max_model_tokens
+    return (
+        f"{config.prompts_per_step:,} prompts x {config.group_size:,} responses = {samples:,} samples, "
+        f"at most {config.max_prompt_tokens:,} + {config.max_response_tokens:,} tokens each: {tokens:,} tokens"
+    )
+
+
+def _update(config: RunConfig) -> str:
+    parts, epochs = config.optimizer_steps_per_batch, config.epochs_per_batch
+    prompts = config.prompts_per_step // parts
+    what = _count(config.optimizer_steps_per_step, "optimiser step")
+    of = "the whole batch"
+    if parts * epochs > 1:
+        of = f"{_count(parts, 'mini-batch', 'mini-batches')} of {_count(prompts, 'prompt')}, {_count(epochs, 'epoch')}"
+    return f"{what} per batch ({of}), micro-batches of at most {config.learner.tokens_per_microbatch:,} tokens"
+
+
+def _run(config: RunConfig) -> str:
+    steps = config.num_steps
+    checkpoints = f"every {_count(config.checkpoint_every, 'step')} and at the end" if config.checkpoint_every else "at the end"
+    return (
+        f"{_count(steps, 'step')}, {steps * config.samples_per_step:,} samples, "
+        f"{_count(steps * config.optimizer_steps_per_step, 'optimiser step')}; checkpoints {checkpoints}"
+    )
+
+
+def _evaluation(config: RunConfig) -> str:
+    settings = config.evaluation
+    if not isinstance(settings, HeldOut):
+        return "none"
+    often = f", and every {_count(settings.every, 'step')}" if settings.every else ""
+    return f"{settings.num_prompts:,} held-out prompts x {settings.samples_per_prompt} samples, before and after{often}"
+
+
+def _workers(config: RunConfig) -> str:
+    workers = [
+        f"{_count(config.rollout.num_engines, 'engine')} ({choice_of('rollout', config.rollout)})",
+        _count(config.learner.num_ranks, "learner rank"),
+        _count(config.reward.num_workers, "reward process", "reward processes"),
+    ]
+    if "ref_logprobs" in config.needs:
+        workers.append("1 reference")
+    return f"{', '.join(workers)}; cluster={choice_of('cluster', config.cluster)}"
+
+
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
