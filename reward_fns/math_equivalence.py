@@ -19,8 +19,8 @@ def reward(prompts, completions, answer, **columns) -> list[float | None]:
 
 def _score(text: str, reference: str) -> float | None:
     marked = reference if "$" in reference or "\\boxed" in reference else f"${reference}$"
-    expected = parse(marked, parsing_timeout=None, raise_on_error=True)
+    expected = parse(marked, parsing_timeout=0, raise_on_error=True)
     if not expected:
         return None
-    found = parse(text, parsing_timeout=None, raise_on_error=True)
+    found = parse(text, parsing_timeout=0, raise_on_error=True)
     return float(verify(expected, found, timeout_seconds=None, raise_on_error=True))

@@ -184,7 +184,7 @@ def command_train(arguments: Sequence[str], prog: str = "rlkit train") -> int:
     from rlkit.controller.cluster import open_cluster
     from rlkit.controller.loop import train
 
-    if given.multirun:
+    if len(arms) > 1:
         from rlkit.sweep import run_sweep
 
         return run_sweep(arms, train)
@@ -212,12 +212,12 @@ def rehearse(config: RunConfig) -> None:
 def command_eval(arguments: Sequence[str]) -> int:
     """Held-out evaluation of a checkpoint."""
     parser = _parser("rlkit eval", EVAL, EVAL_EXAMPLES)
-    parser.add_argument("folder", help="a run folder, or a checkpoint in Hugging Face format")
+    parser.add_argument("folder", nargs="?", help="a run folder, or a checkpoint in Hugging Face format")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the run's")
     if (given := _parse(parser, arguments)) is None:
         return 0
-    if "=" in given.folder:
-        raise ConfigError(f"{given.folder}: the folder comes first: rlkit eval <folder> {given.folder}.")
+    if given.folder is None or "=" in given.folder:
+        raise ConfigError("rlkit eval needs a folder first: rlkit eval <run folder or checkpoint> key=value ...")
     checkpoint, run_dir = locate(Path(given.folder))
     config = evaluation_config(checkpoint, run_dir, given.overrides)
     from rlkit.controller.cluster import open_cluster

@@ -90,7 +90,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     parsed, found = _parse(overrides)
     if found:
         raise ConfigError(report([problem.text for problem in found]))
-    return [[*line] for line in itertools.product(*(_values_of(override) for override in parsed))]
+    return _product(parsed)
 
 
 def compose_arms(overrides: Sequence[str]) -> list[Arm]:
@@ -98,14 +98,15 @@ def compose_arms(overrides: Sequence[str]) -> list[Arm]:
 
     Their folders are `<run_dir>/<label>`, where an empty run_dir stands for runs/<experiment_name>-<date and time>.
     """
-    lines = expand(overrides)
-    swept = {override.key_or_group for override in _parse(overrides)[0] if override.is_sweep_override()}
+    sweep, unreadable = _parse(overrides)
+    lines = _product(sweep)
+    swept = {override.key_or_group for override in sweep if override.is_sweep_override()}
     arms: list[tuple[str, list[str], DictConfig | None, list[Problem]]] = []
     for line in lines:
-        parsed, found = _parse(line)
-        cfg, more = _settings(parsed, None)
+        parsed, _ = _parse(line)
+        cfg, found = _settings(parsed, None)
         label = ",".join(text for text, override in zip(line, parsed, strict=True) if override.key_or_group in swept)
-        arms.append((label, line, cfg, found + more))
+        arms.append((label, line, cfg, unreadable + found))
     folder = next((Path(cfg.run_dir or f"runs/{cfg.experiment_name}-{stamp()}") for *_, cfg, _ in arms if cfg is not None), Path())
     done: list[Arm] = []
     every: list[list[Problem]] = []
@@ -116,7 +117,10 @@ def compose_arms(overrides: Sequence[str]) -> list[Arm]:
         every.append(found)
         if config is not None and not found:
             done.append(Arm(label=label, overrides=tuple(line), config=config))
-    if texts := _merge(overrides, lines, [label for label, *_ in arms], every):
+    texts = _merge(sweep, lines, [label for label, *_ in arms], every)
+    if len(done) == len(arms) and any(arm.config.cluster != done[0].config.cluster for arm in done):
+        texts.append("cluster: the runs of a sweep share one cluster. Write one command for each cluster.")
+    if texts:
         raise ConfigError(report(texts))
     return done
 
@@ -174,6 +178,10 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
 
 def _problem(key: str, text: str, group: str = "") -> Problem:
     return Problem(key=key, text=text, group=group)
+
+
+def _product(parsed: Sequence[Override]) -> list[list[str]]:
+    return [[*line] for line in itertools.product(*(_values_of(override) for override in parsed))]
 
 
 def _values_of(override: Override) -> list[str]:
@@ -428,7 +436,7 @@ def _finish(cfg: DictConfig | None, found: list[Problem]) -> tuple[RunConfig | N
     return config, found + [problem for problem in more if problem.key not in known and problem.key.partition(".")[0] not in known]
 
 
-def _merge(overrides: Sequence[str], lines: list[list[str]], labels: list[str], every: list[list[Problem]]) -> list[str]:
+def _merge(sweep: Sequence[Override], lines: list[list[str]], labels: list[str], every: list[list[Problem]]) -> list[str]:
     """The problems of all runs of a sweep, each once; what is wrong in some runs only says in which."""
     texts: dict[str, str] = {}
     for problem in itertools.chain(*every):
@@ -436,7 +444,7 @@ def _merge(overrides: Sequence[str], lines: list[list[str]], labels: list[str], 
         if all(having):
             texts[problem.text] = problem.text
         elif problem.group:
-            texts[problem.key] = _two_commands(overrides, lines, problem, having)
+            texts[problem.key] = _two_commands(sweep, lines, problem, having)
         else:
             runs = [label for label, has in zip(labels, having, strict=True) if has]
             more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
@@ -444,11 +452,10 @@ def _merge(overrides: Sequence[str], lines: list[list[str]], labels: list[str], 
     return list(texts.values())
 
 
-def _two_commands(overrides: Sequence[str], lines: list[list[str]], problem: Problem, lacking: list[bool]) -> str:
+def _two_commands(sweep: Sequence[Override], lines: list[list[str]], problem: Problem, lacking: list[bool]) -> str:
     """Only some runs have the setting: says how to write the sweep as one command with it and one without."""
-    parsed, _ = _parse(overrides)
     why = f"{problem.key}: only some runs of this sweep have it."
-    for place, override in enumerate(parsed):
+    for place, override in enumerate(sweep):
         if not override.is_sweep_override():
             continue
         without = {line[place] for line, lacks in zip(lines, lacking, strict=True) if lacks}
@@ -458,7 +465,7 @@ def _two_commands(overrides: Sequence[str], lines: list[list[str]], problem: Pro
         one, two = (
             " ".join(
                 _joined(_values_of(each), keep) if each is override else str(each.input_line)
-                for each in parsed
+                for each in sweep
                 if keep is with_it or each.key_or_group != problem.key
             )
             for keep in (with_it, without)

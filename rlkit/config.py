@@ -170,7 +170,7 @@ CHOICES: dict[str, dict[str, type]] = {
 }
 
 _BASES: dict[str, type] = {name: hint for name, hint in get_type_hints(RunConfig).items() if name in CHOICES}
-_GROUP_BASELINES = ("grpo", "dr_grpo", "rloo")  # of CHOICES["advantage"]
+GROUP_BASELINES = ("grpo", "dr_grpo", "rloo")  # of CHOICES["advantage"]
 
 
 def register(choices: Mapping[str, Mapping[str, type]]) -> None:
@@ -290,7 +290,7 @@ def _examine_group(group: str, node: DictConfig) -> tuple[object | None, list[st
         return cls(**values), found
     except ConfigError as error:
         found += str(error).splitlines()
-    settings = cls.__new__(cls)
+    settings = object.__new__(cls)
     for name, value in values.items():
         setattr(settings, name, value)
     return settings, found
@@ -336,7 +336,7 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 def _batch_problems(config: RunConfig) -> Iterator[str]:
     advantage = choice_of("advantage", config.advantage)
-    if config.group_size == 1 and advantage in _GROUP_BASELINES:
+    if config.group_size == 1 and advantage in GROUP_BASELINES:
         yield (
             f"group_size=1: advantage={advantage} compares the responses to one prompt with each other, and one response has "
             "an advantage of 0. Write 2 or more; 8 or 16 is usual."

@@ -91,7 +91,8 @@ class RayPending:
             self._handle.kill()
             raise WorkerError(f"{name} did not finish {self._method} within {deadline_s:.0f} s and was killed.") from None
         except RayActorError as error:
-            raise WorkerError(f"{name} died during {self._method}: {first_line(error)}") from error
+            self._handle.is_alive = False
+            raise WorkerError(f"{name} died during {self._method}: {cause_of_death(error)}") from error
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, RlkitError):
@@ -104,6 +105,7 @@ class RayHandle:
 
     def __init__(self, name: str, actor: Any):
         self.name = name
+        self.is_alive = True  # as far as its calls have shown
         self._actor = actor
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> RayPending:
@@ -113,7 +115,14 @@ class RayHandle:
     def kill(self) -> None:
         import ray
 
+        self.is_alive = False
         ray.kill(self._actor)
+
+
+def cause_of_death(error: BaseException) -> str:
+    """Ray reports an exception in an actor's constructor as a traceback, whose last line is the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if "creation task" in str(error) and lines else first_line(error)
 
 
 def first_line(error: BaseException | None) -> str:
@@ -149,7 +158,7 @@ class RayCluster:
                 ) from error
 
     def worker(self, key: Hashable, name: str, target: str, *args: Any, share: tuple[int, int] = (0, 1), **kwargs: Any) -> Handle:
-        if key not in self._workers:
+        if key not in self._workers or not self._workers[key].is_alive:
             self._workers[key] = self._start(name, target, args, kwargs, share)
         return self._workers[key]
 
@@ -179,6 +188,7 @@ class RayCluster:
         import ray
 
         for handle in self._workers.values():
-            handle.kill()
+            if handle.is_alive:
+                handle.kill()
         self._workers.clear()
         ray.shutdown()

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from rlkit.config import RunConfig
+from rlkit.controller.cluster import Cluster
+from rlkit.controller.fleet import Engines
 from rlkit.controller.sampling import Sampler
 from rlkit.core.evaluation import bootstrap_interval, pass_at_k
-from rlkit.errors import DataError
+from rlkit.data.models.loading import load_tokenizer, resolve, stop_token_ids
+from rlkit.data.prompts import load_prompts
+from rlkit.data.rewards.pool import RewardPool
+from rlkit.errors import ConfigError, DataError
 from rlkit.settings import HeldOut
 from rlkit.types import Prompt, RewardStatus, Rollout, SamplingSpec
 
@@ -46,6 +53,29 @@ def gain(before: Evaluation, after: Evaluation, k: int = 1) -> tuple[float, floa
     difference = after.pass_at[k] - before.pass_at[k]
     low, high = bootstrap_interval(difference)
     return float(difference.mean()), low, high
+
+
+def evaluate_checkpoint(config: RunConfig, cluster: Cluster) -> Evaluation:
+    """Evaluate `model.path` as it is on disk. Raises ConfigError without an evaluation."""
+    settings = config.evaluation
+    if not isinstance(settings, HeldOut):
+        raise ConfigError("evaluation=none: there is nothing to evaluate. Write evaluation=held_out.")
+    folder = resolve(config.model.path)
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+    with RewardPool(config.reward, base_dir=Path.cwd()) as rewards:
+        prompts = load_prompts(
+            config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, reward_columns=rewards.signature.columns
+        )
+        sampler = Sampler(
+            engines=Engines(config, cluster, purpose="evaluation"), rewards=rewards, tokenizer=tokenizer, seed=config.seed
+        )
+        return evaluate(
+            sampler,
+            prompts.held_out,
+            settings,
+            max_tokens=config.max_response_tokens,
+            stop_token_ids=stop_token_ids(folder, tokenizer),
+        )
 
 
 def evaluate(

@@ -34,14 +34,16 @@ ENGINE_CLASSES = {
 class Engines:
     """All rollout engines of a run. Which engine samples what is a function of the request's place alone."""
 
-    def __init__(self, config: RunConfig, cluster: Cluster):
+    def __init__(self, config: RunConfig, cluster: Cluster, *, purpose: str = "training"):
+        """Engines of one purpose are shared by the runs that need equal ones; a training engine holds some run's weights, so
+        one that serves a model as it is on disk must be another."""
         spec = engine_spec(config)
         count = config.rollout.num_engines
         self._deadline_s = config.rollout.deadline_s
         self._receiving: list[Pending] = []  # parts of the next version on their way
         self._handles = [
             cluster.worker(
-                ("engine", spec, index, count), f"rollout engine {index}", ENGINE_CLASSES[spec.kind], spec, share=(index, count)
+                ("engine", purpose, spec, index, count), f"rollout engine {index}", ENGINE_CLASSES[spec.kind], spec, share=(index, count)
             )
             for index in range(count)
         ]

@@ -67,7 +67,12 @@ def load_prompts(
 
 
 def _prompts(
-    source: Source, rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, columns: tuple[str, ...], prefix: str
+    source: Source,
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    columns: tuple[str, ...],
+    prefix: str,
 ) -> tuple[list[Prompt], list[_Offender]]:
     where = f"data {source.name}" + (" (held out)" if prefix else "")
     _check_columns(source, rows, columns, where)
@@ -84,7 +89,10 @@ def _prompts(
         kept.append((id, row))
 
     is_chat = [source.chat or not isinstance(row.values[source.prompt_column], str) for _, row in kept]
-    texts = [_render(source, row, tokenizer) if chat else row.values[source.prompt_column] for chat, (_, row) in zip(is_chat, kept, strict=True)]
+    texts = [
+        _render(source, row, tokenizer) if chat else row.values[source.prompt_column]
+        for chat, (_, row) in zip(is_chat, kept, strict=True)
+    ]
     prompts = []
     for (id, row), text, ids in zip(kept, texts, _encode(tokenizer, texts, is_chat), strict=True):
         if not ids:
@@ -100,11 +108,16 @@ def _prompts(
 def _check_template(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
     if source.chat and not tokenizer.chat_template:
         raise ConfigError(f"data {source.name}: asks for chat, and this model's tokenizer has no chat template. {_TEMPLATE_FIX}")
-    messages = any(isinstance(row.values.get(source.prompt_column), list) for row in source.train)
+    rows = source.train + (source.held_out or [])
+    messages = any(isinstance(row.values.get(source.prompt_column), list) for row in rows)
     if messages and not tokenizer.chat_template:
-        raise ConfigError(f"data {source.name}: prompts are chat messages, and this model's tokenizer has no chat template. {_TEMPLATE_FIX}")
+        raise ConfigError(
+            f"data {source.name}: prompts are chat messages, and this model's tokenizer has no chat template. {_TEMPLATE_FIX}"
+        )
     if source.system_prompt is not None and not (source.chat or messages):
-        raise ConfigError("data.system_prompt is a chat message, and these prompts are plain text. Write data.chat=true, or leave it away.")
+        raise ConfigError(
+            "data.system_prompt is a chat message, and these prompts are plain text. Write data.chat=true, or leave it away."
+        )
 
 
 _TEMPLATE_FIX = "Write data.chat=false with prompts in plain text, or choose a model that was tuned for chat."
@@ -129,7 +142,9 @@ def _check_columns(source: Source, rows: list[Row], columns: tuple[str, ...], wh
             )
     for name in RESERVED:
         if name in existing:
-            raise DataError(f"{where}: a column may not be called {name}, an argument of reward functions. Map it with data.columns.")
+            raise DataError(
+                f"{where}: a column may not be called {name}, an argument of reward functions. Map it with data.columns."
+            )
 
 
 def _find_fault(source: Source, row: Row, columns: tuple[str, ...]) -> tuple[str, str]:
@@ -139,8 +154,9 @@ def _find_fault(source: Source, row: Row, columns: tuple[str, ...]) -> tuple[str
     for name in (source.prompt_column, source.id_column, *columns):
         if name is not None and name not in row.values:
             return "missing_key", f"lacks {name}; it has {', '.join(row.values)}"
-    if source.id_column is not None and row.values[source.id_column] is None:
-        return "missing_key", f"has no value for {source.id_column}"
+    for name in (source.prompt_column, source.id_column):  # a table fills a gap with None; a reward function may see that
+        if name is not None and row.values[name] is None:
+            return "missing_key", f"has no value for {name}"
     prompt = row.values[source.prompt_column]
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -157,8 +173,9 @@ def _check_messages(source: Source, messages: Any) -> tuple[str, str]:
     for message in messages:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
             return "wrong_type", 'has a message that is not {"role": text, "content": text}'
-        if found := _check_encodable(message["content"])[0]:
-            return found, _check_encodable(message["content"])[1]
+        kind, problem = _check_encodable(message["content"])
+        if kind:
+            return kind, problem
     if messages[-1]["role"] == "assistant":
         return "wrong_type", "ends with an assistant message, which leaves nothing to answer"
     if not any(message["content"].strip() for message in messages):
@@ -187,7 +204,8 @@ def _render(source: Source, row: Row, tokenizer: PreTrainedTokenizerBase) -> str
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except TemplateError as error:
         raise DataError(
-            f"data {source.name}: {row.label}: the model's chat template refuses its messages ({error}). Change their roles, or data.system_prompt."
+            f"data {source.name}: {row.label}: the model's chat template refuses its messages ({error}). "
+            f"Change their roles, or data.system_prompt."
         ) from None
 
 
@@ -216,5 +234,7 @@ def _report(source: Source, offenders: list[_Offender], policy: BadRow) -> str:
     total = len(source.train) + len(source.held_out or [])
     shown = "".join(f"\n  {offender.label} {offender.problem}" for offender in offenders[:MAX_SHOWN])
     rest = f"\n  and {len(offenders) - MAX_SHOWN} more" if len(offenders) > MAX_SHOWN else ""
-    fix = "Fix them, or leave them out with data.on_bad_row=drop." if policy is BadRow.error else "Fix them: no row is left to train on."
+    fix = "Fix them: no row is left to train on."
+    if policy is BadRow.error:
+        fix = "Fix them, or leave them out with data.on_bad_row=drop."
     return f"data {source.name}: {len(offenders)} of {total} rows cannot be used:{shown}{rest}\n{fix}"

@@ -54,7 +54,8 @@ def read(settings: Data) -> Source:
             held_out = None if settings.held_out_path is None else _rows_of_parquet("held_out_path", settings.held_out_path)
             return _table(settings, Path(settings.path).name, _rows_of_parquet("path", settings.path), held_out)
         case HuggingFaceData():
-            held_out = None if settings.held_out_split is None else _rows_of_split(settings, "held_out_split", settings.held_out_split)
+            split = settings.held_out_split
+            held_out = None if split is None else _rows_of_split(settings, "held_out_split", split)
             return _table(settings, settings.path, _rows_of_split(settings, "split", settings.split), held_out)
         case _:
             raise ConfigError(f"data={type(settings).__name__}: rlkit/data/sources.py has no reader for it. Add one.")
@@ -81,15 +82,19 @@ def _read_comparison(settings: ComparisonData) -> Source:
 
 
 def _read_reasoning_gym(settings: ReasoningGymData) -> Source:
-    """The stream has the seed in `data.options`, 0 by default, not the run's: runs that differ in seed are compared on one held-out set."""
+    """The stream's seed is in `data.options`, 0 by default, and not the run's: all runs are evaluated on the same questions."""
     gym = _import("reasoning_gym", extra="reasoning-gym")
     factory = import_module("reasoning_gym.factory")
     if settings.task not in factory.DATASETS:
-        raise ConfigError(f"data.task={settings.task}: reasoning-gym has no such task. Choose one of {', '.join(sorted(factory.DATASETS))}.")
+        raise ConfigError(
+            f"data.task={settings.task}: reasoning-gym has no such task. Choose one of {', '.join(sorted(factory.DATASETS))}."
+        )
     try:
         entries = gym.create_dataset(settings.task, **{"seed": 0, "size": settings.size, **settings.options})
     except (TypeError, ValueError, AssertionError) as error:  # how its task settings refuse a key or a value
-        raise ConfigError(f"data.options={settings.options}: reasoning-gym's {settings.task} refuses them: {error}. Change them.") from None
+        raise ConfigError(
+            f"data.options={settings.options}: reasoning-gym's {settings.task} refuses them: {error}. Change them."
+        ) from None
     distinct = {}  # a small task repeats its questions, and one of a pair could land in the held-out share
     for entry in entries:
         key = f"{settings.task}-{sha256(entry['question'].encode()).hexdigest()[:16]}"
@@ -170,7 +175,9 @@ def _rows_of_parquet(setting: str, path: str) -> list[Row]:
     try:
         table = pyarrow.parquet.read_table(file)
     except pyarrow.ArrowInvalid as error:
-        raise DataError(f"data.{setting}={path}: not a readable parquet file ({_first_line(error)}). Write the path of one.") from None
+        raise DataError(
+            f"data.{setting}={path}: not a readable parquet file ({_first_line(error)}). Write the path of one."
+        ) from None
     try:
         return _numbered(table.to_pylist())
     except UnicodeDecodeError:  # one bad string fails the whole table, so find it row by row
@@ -192,7 +199,9 @@ def _rows_of_split(settings: HuggingFaceData, setting: str, split: str) -> list[
             loaded = datasets.load_from_disk(str(folder))
             if isinstance(loaded, datasets.DatasetDict):
                 if split not in loaded:
-                    raise DataError(f"data.{setting}={split}: {settings.path} has no such split. Choose one of {', '.join(loaded)}.")
+                    raise DataError(
+                        f"data.{setting}={split}: {settings.path} has no such split. Choose one of {', '.join(loaded)}."
+                    )
                 loaded = loaded[split]
         else:
             loaded = datasets.load_dataset(settings.path, settings.name, split=split)
@@ -211,7 +220,9 @@ def _numbered(rows: list[dict[str, Any]]) -> list[Row]:
 def _existing(setting: str, path: str) -> Path:
     file = Path(path)
     if not file.is_file():
-        raise DataError(f"data.{setting}={path}: there is no such file (looked in {Path.cwd()}). Write the path of an existing one.")
+        raise DataError(
+            f"data.{setting}={path}: there is no such file (looked in {Path.cwd()}). Write the path of an existing one."
+        )
     return file
 
 

@@ -211,6 +211,28 @@ def test_the_score_estimators_gradient_is_the_weighted_slope(ragged):
     torch.testing.assert_close(gradient[mask], expected[mask])
 
 
+def test_token_by_token_the_right_estimators_have_one_and_the_same_gradient():
+    # (rho k3)' = rho (l - 1 + exp(-l)) + rho (1 - exp(-l)) = rho l, which is the score form's; k2' = l is that with rho = 1.
+    log_ratio = torch.tensor([[-15.0, -3.0, -0.5, 0.0, 1e-3, 0.7, 4.0, 15.0]], dtype=torch.float64)
+    logprobs = torch.full_like(log_ratio, -1.0).requires_grad_()
+    mask, off = torch.ones_like(log_ratio, dtype=torch.bool), torch.linspace(-2, 2, 8, dtype=torch.float64)[None]
+
+    def gradient(estimator, behaviour_logprobs):
+        loss = ReverseKL(estimator=estimator).loss(
+            logprobs=logprobs,
+            behaviour_logprobs=behaviour_logprobs,
+            ref_logprobs=logprobs.detach() - log_ratio,
+            response_mask=mask,
+        )
+        return torch.autograd.grad(loss.sum(), logprobs)[0]
+
+    sampler = logprobs.detach() - off
+    torch.testing.assert_close(gradient(Estimator.score, sampler), off.exp() * log_ratio)
+    torch.testing.assert_close(gradient(Estimator.k3_weighted, sampler), off.exp() * log_ratio)
+    torch.testing.assert_close(gradient(Estimator.k2, logprobs.detach()), log_ratio)
+    torch.testing.assert_close(gradient(Estimator.k3, logprobs.detach()), 1 - (-log_ratio).exp())
+
+
 def test_summed_over_tokens_the_gradient_is_greedy_in_the_state():
     # Two binary tokens. First (.6, .4); second (.9, .1) after a 0, (.5, .5) after a 1; the reference is uniform. What the first
     # choice does to the second token's divergence is not in the sum of token losses: its logits get .097312, not the whole

@@ -174,9 +174,9 @@ def test_nothing_that_was_not_asked_for_is_computed():
 
 @pytest.mark.parametrize("chunk_tokens", [4, 100])
 def test_an_entropy_that_is_only_measured_is_the_same_number_without_a_gradient(chunk_tokens):
-    given = inputs() | {"ref_hidden": None, "ref_head": None}
+    given = inputs()
     settings = {"temperature": 0.9, "chunk_tokens": chunk_tokens, "with_entropy": True}
-    measured, trained = (statistics(**given, **settings, entropy_gradient=wanted) for wanted in (False, True))
+    measured, trained = (statistics(**given, **settings, divergence=None, entropy_gradient=wanted) for wanted in (False, True))
     torch.testing.assert_close((measured.logprobs, measured.entropy), (trained.logprobs, trained.entropy))
     assert not measured.entropy.requires_grad
     leaves = [given["hidden"], given["head"], given["head_bias"]]

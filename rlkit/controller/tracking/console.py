@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -92,7 +93,7 @@ class Pace:
     def __init__(self, *, num_steps: int, start_step: int):
         self.num_steps, self.done = num_steps, start_step
         self._ends: deque[float] = deque(maxlen=21)
-        self._first_step_s = float("nan")
+        self._first_step_s = math.nan
 
     def step(self, step: int, step_s: float, now: float) -> None:
         self.done = step
@@ -104,7 +105,7 @@ class Pace:
         if not self._ends:
             return None
         between = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) if len(self._ends) > 1 else self._first_step_s
-        if between != between:
+        if math.isnan(between):
             return None
         return max(0.0, (self.num_steps - self.done) * between - (now - self._ends[-1]))
 
@@ -117,7 +118,7 @@ class PlainDisplay:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         now = time.monotonic()
-        self._pace.step(step, metrics.get("time/step_s", float("nan")), now)
+        self._pace.step(step, metrics.get("time/step_s", math.nan), now)
         fields = [f"{label} {form(metrics[name]):>{width}}" for label, name, form, width in _LINE if name in metrics]
         left_s = self._pace.left_s(now)
         if left_s is not None:
@@ -167,9 +168,9 @@ class LiveDisplay:
         self._live = Live(get_renderable=self.render, console=console, refresh_per_second=2)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._pace.step(step, metrics.get("time/step_s", float("nan")), time.monotonic())
+        self._pace.step(step, metrics.get("time/step_s", math.nan), time.monotonic())
         self._metrics = dict(metrics)
-        self._rewards.append(metrics.get("reward/mean", float("nan")))
+        self._rewards.append(metrics.get("reward/mean", math.nan))
         self._refresh()
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -231,7 +232,7 @@ class LiveDisplay:
         return row
 
     def _reward_curve(self, curve: str) -> Text:
-        finite = [reward for reward in self._rewards if reward == reward]
+        finite = [reward for reward in self._rewards if math.isfinite(reward)]
         return Text.assemble((curve, "cyan"), ("  from ", "dim"), number(finite[0]), (" to ", "dim"), number(finite[-1]))
 
 

@@ -91,9 +91,7 @@ def _entropy(axes: Axes, history: History) -> bool:
 def _kl(axes: Axes, history: History) -> bool:
     axes.set(title="KL divergence from the reference and within a step", ylabel="nats per token")
     axes.axhline(0, color="#666666", linewidth=0.8)
-    return _lines(
-        axes, history, {"policy/approx_kl_k3": "this step (k3)", "kl/ref_token_mean": "reference"}
-    )
+    return _lines(axes, history, {"policy/approx_kl_k3": "this step (k3)", "kl/ref_token_mean": "reference"})
 
 
 def _length(axes: Axes, history: History) -> bool:

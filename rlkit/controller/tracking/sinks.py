@@ -75,8 +75,12 @@ class WandbSink:
                 f'tracking=wandb needs the wandb package ({error}). Run `pip install -e ".[wandb]"` in the clone of rlkit, or '
                 "write tracking=files."
             ) from None
+        # Left to itself it also records the command line, the git remote and the console: whatever secrets are in them.
+        quiet = {"console": "off", "disable_git": True, "x_disable_meta": True, "quiet": True}
         try:
-            self._run = wandb.init(project=settings.project, entity=settings.entity, name=name, dir=str(run_dir), config=config)
+            self._run = wandb.init(
+                project=settings.project, entity=settings.entity, name=name, dir=str(run_dir), config=config, settings=quiet
+            )
         except wandb.Error as error:
             raise ResourceError(
                 f"tracking=wandb: Weights & Biases did not start ({error}). Run `wandb login`, or set WANDB_MODE=offline, "

@@ -75,7 +75,7 @@ class Summary:
         return [*found, ("run folder", str(self.run_dir))]
 
     def text(self) -> str:
-        """For the console: aligned, commands last and unindented by nothing but two spaces."""
+        """For the console: aligned, the commands last."""
         lines = [self.headline]
         if rows := self.table():
             widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -126,7 +126,7 @@ def summarise(
     for row in history.after(start_step).steps:
         for part, seconds in step_parts(row).items():
             time_s[part] = time_s.get(part, 0.0) + seconds
-    time_s["between steps"] = max(0.0, wall_s - sum(time_s.values()))  # start-up, evaluation, checkpoints
+    time_s["outside steps"] = max(0.0, wall_s - sum(time_s.values()))  # start-up, evaluation, checkpoints
     evaluations = history.evaluations
     return Summary(
         name=name,

@@ -47,7 +47,9 @@ class RewardSignature:
         for name in self.columns:
             if name not in columns:
                 listed = ", ".join(columns)
-                raise DataError(f"{self.name} needs a column {name}. The columns are {listed}; write data.columns.{name}=<one of them>.")
+                raise DataError(
+                    f"{self.name} needs a column {name}. The columns are {listed}; write data.columns.{name}=<one of them>."
+                )
         if self.takes_all_columns:
             return {name: value for name, value in columns.items() if name not in TEXTS}
         return {name: columns[name] for name in (*self.columns, *self.optional_columns) if name in columns}
@@ -110,7 +112,7 @@ def _check_module(name: str, module: str, base_dir: Path) -> None:
 
 
 def load(location: Location) -> tuple[Callable, RewardSignature]:
-    """Imports the function: runs user code, so only a worker calls this. Raises ConfigError when the module has no such function."""
+    """Imports the function: runs user code, so only a worker calls this. Raises ConfigError when there is no such function."""
     if location.import_path is not None:
         sys.path.insert(0, str(location.import_path))
     if location.file is not None:
@@ -120,7 +122,7 @@ def load(location: Location) -> tuple[Callable, RewardSignature]:
         module = import_module(location.module)
     function = getattr(module, location.function, None)
     if not callable(function):
-        own = sorted(name for name, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__)
+        own = sorted(name for name, value in inspect.getmembers(module, inspect.isfunction) if value.__module__ == module.__name__)
         raise ConfigError(f"reward.fn={location.name}: there is no function {location.function}. Its functions are {_listed(own)}.")
     return function, _read_signature(location.name, function)
 
@@ -128,7 +130,8 @@ def load(location: Location) -> tuple[Callable, RewardSignature]:
 def _import_file(file: Path) -> ModuleType:
     # Under a package name of its own: reward_fns/format.py must not be found by somebody else's `import format`.
     spec = spec_from_file_location(f"reward_fns.{file.stem}", file)
-    assert spec is not None and spec.loader is not None, file
+    assert spec is not None, file
+    assert spec.loader is not None, file
     module = module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up
     spec.loader.exec_module(module)
@@ -138,9 +141,12 @@ def _import_file(file: Path) -> ModuleType:
 def _read_signature(name: str, function: Callable) -> RewardSignature:
     parameters = list(inspect.signature(function).parameters.values())
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    named = {parameter.name: parameter for parameter in parameters if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)}
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {parameter.name: parameter for parameter in parameters if parameter.kind in by_name}
     if "completions" not in named and not takes_all:
-        raise ConfigError(f"reward.fn={name}: takes ({', '.join(named)}). Write def {function.__name__}(prompts, completions, **columns).")
+        raise ConfigError(
+            f"reward.fn={name}: takes ({', '.join(named)}). Write def {function.__name__}(prompts, completions, **columns)."
+        )
     columns = {name: parameter for name, parameter in named.items() if name not in TEXTS}
     return RewardSignature(
         name=name,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+"
+_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9.])\.[0-9]+"
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w).])[+-])?"  # 5-3 is not 5 and -3
-    rf"(?:\\[dt]?frac\{{(?P<top>\d+)\}}\{{(?P<bottom>\d+)\}}|(?P<number>{_PLAIN})(?:[eE](?P<exponent>[+-]?\d{{1,3}})(?!\w)|/(?P<divisor>\d+))?)"
+    r"(?:\\[dt]?frac\{(?P<top>[0-9]+)\}\{(?P<bottom>[0-9]+)\}"
+    rf"|(?P<number>{_PLAIN})(?:[eE](?P<exponent>[+-]?[0-9]{{1,3}})(?!\w)|/(?P<divisor>[0-9]+))?)"
 )
-_NOTATION = str.maketrans({"\N{MINUS SIGN}": "-", "\N{FULLWIDTH HYPHEN-MINUS}": "-", "\N{FRACTION SLASH}": "/", "\N{NO-BREAK SPACE}": " ", "$": ""})
+_NOTATION = str.maketrans({"\N{MINUS SIGN}": "-", "\N{FULLWIDTH HYPHEN-MINUS}": "-", "\N{FRACTION SLASH}": "/", "$": ""})
 _MAX_DIGITS = 400  # more is no answer, and integers of any length are not free
 
 

@@ -148,7 +148,9 @@ class RewardPool:
         for thread in self._threads:
             thread.join()
         for job in jobs:
-            job.future.set_exception(RewardError(f"reward.fn={self._settings.fn}: its pool was closed before it had scored everything."))
+            job.future.set_exception(
+                RewardError(f"reward.fn={self._settings.fn}: its pool was closed before it had scored everything.")
+            )
 
     def __enter__(self) -> RewardPool:
         return self
@@ -165,7 +167,8 @@ class RewardPool:
             members = [items[position] for position in positions]
             rows = [self.signature.select(item.columns) for item in members]
             columns = {
-                name: [_plain(row.get(name), name, item.sample_id) for row, item in zip(rows, members, strict=True)] for name in rows[0]
+                name: [_plain(row.get(name), name, item.sample_id) for row, item in zip(rows, members, strict=True)]
+                for name in rows[0]
             }
             prompts, completions = [item.prompt for item in members], [item.completion for item in members]
             message = {"prompts": prompts, "completions": completions, "columns": columns}
@@ -201,7 +204,9 @@ class RewardPool:
     def _welcome(self, signature: RewardSignature) -> None:
         with self._changed:
             if self._signature is not None and signature != self._signature:
-                raise RewardError(f"reward.fn={self._settings.fn}: its file changed its arguments during the run. Start the run again.")
+                raise RewardError(
+                    f"reward.fn={self._settings.fn}: its file changed its arguments during the run. Start the run again."
+                )
             self._signature = signature
             self._num_ready += 1
             self._changed.notify_all()
@@ -253,7 +258,9 @@ class RewardPool:
 
     def _finish(self, call: _Call, answer: Mapping[str, Any]) -> None:
         if "contract" in answer:
-            self._fail(DataError(f"reward.fn={self._settings.fn} {answer['contract']} (sample {call.sample_ids[0]}). Fix what it returns."))
+            self._fail(
+                DataError(f"reward.fn={self._settings.fn} {answer['contract']} (sample {call.sample_ids[0]}). Fix what it returns.")
+            )
             return
         results = _read_answer(call, answer)
         details = next((answer[kind]["traceback"] for kind in ("error", "timeout") if kind in answer), "")

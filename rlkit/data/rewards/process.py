@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ class WorkerProcess:
         """Starts the process; `wait_until_ready` waits for it."""
         self._name, self._start_limit_s = name, start_limit_s
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-P", "-m", "rlkit.data.rewards.worker"]  # -P: a json.py in base_dir must not stand in for Python's own
+        # -P: a json.py in base_dir must not stand in for Python's own.
+        command = [sys.executable, "-P", "-m", "rlkit.data.rewards.worker"]
         with theirs:
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno()), str(os.getpid()), name, str(base_dir)],
@@ -70,8 +72,12 @@ class WorkerProcess:
             raise ConfigError(hello["config_error"])
         if "import_error" in hello:
             error = hello["import_error"]
-            raise ConfigError(f"reward.fn={self._name}: importing it raised {error['summary']}. Fix the file.\n{error['traceback']}")
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in hello["signature"].items()}
+            raise ConfigError(
+                f"reward.fn={self._name}: importing it raised {error['summary']}. Fix the file.\n{error['traceback']}"
+            )
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in hello["signature"].items()
+        }
         return RewardSignature(**fields)
 
     def run(self, calls: list[dict[str, Any]], *, limit_s: float) -> Iterator[dict[str, Any]]:
@@ -100,10 +106,8 @@ class WorkerProcess:
         """Ends the process group. Safe from any thread, any number of times; `reap` must follow on the owner's."""
         with self._reaping:
             if self._process.returncode is None:  # not yet reaped, so the number is still ours
-                try:
+                with suppress(ProcessLookupError, PermissionError):  # only the zombie is left
                     os.killpg(self._process.pid, signal.SIGKILL)
-                except (ProcessLookupError, PermissionError):  # only the zombie is left
-                    pass
 
     def reap(self) -> int:
         """Kills what is left and collects the exit status."""

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from rlkit.compose import compose
-from rlkit.controller.cluster import free_local_address
 from rlkit.errors import SyncError
-from rlkit.workers.learner import Learner, Rank
+from rlkit.workers.learner import Learner
 from rlkit.workers.weight_sync import TOLERANCES, Manifest, check_behaviour, sync_weights
 
 DEADLINE_S = 300.0
@@ -37,11 +36,6 @@ class OneEngine:
 
     def layer_outputs(self, engine, sequence):
         return self._handle.call("layer_outputs", sequence).result(DEADLINE_S)
-
-
-@pytest.fixture(scope="module")
-def learner() -> Learner:
-    return Learner(Rank(index=0, count=1, address=free_local_address()))
 
 
 def begin(learner: Learner, folder: str) -> None:

@@ -1,0 +1,270 @@
+"""The schema: what can be set, what is refused, and with which words."""
+
+import ast
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from rlkit import compose
+from rlkit.config import CHOICES, GROUP_BASELINES, RunConfig, load, problems, register, to_dict, to_yaml
+from rlkit.core.objectives import ClippedSurrogate
+from rlkit.errors import ConfigError
+from rlkit.resources import conf_dir
+
+PACKAGE = Path(__file__).parent.parent / "rlkit"
+REQUIRED = {"data.path": "data.path=rows.jsonl", "data.task": "data.task=chain_sum", "reward.fn": "reward.fn=expressions"}
+REQUIRED |= {"model.path": "model.path=tiny"}
+
+
+@pytest.fixture
+def rows(in_folder: Path) -> Path:
+    """The current folder, with a data file and a reward function in it."""
+    (in_folder / "rows.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
+    (in_folder / "my_rewards.py").write_text("def exact(prompts, completions, answer, **columns):\n    return [0.0]\n")
+    return in_folder
+
+
+def wrong(*overrides: str) -> list[str]:
+    """The sentences that the overrides are refused with."""
+    with pytest.raises(ConfigError) as caught:
+        compose.compose(overrides)
+    lines = str(caught.value).splitlines()
+    return [line.strip() for line in lines[1:]] if len(lines) > 1 else lines
+
+
+def test_groups_are_those_of_the_run_and_of_the_defaults_list():
+    assert list(CHOICES) == [field.name for field in fields(RunConfig) if field.name in CHOICES]
+    defaults = OmegaConf.to_container(OmegaConf.load(conf_dir() / "config.yaml"))["defaults"]  # pyright: ignore
+    assert [key for entry in defaults if isinstance(entry, dict) for key in entry] == [*CHOICES, "experiment"]
+
+
+@pytest.mark.parametrize("group", CHOICES)
+def test_every_choice_and_preset_of_a_group_composes(group: str, rows: Path):
+    for name in compose.options(group):
+        overrides = [f"{group}={name}"]
+        if name == "inprocess":
+            overrides.append("rollout=transformers")
+        try:
+            compose.compose(overrides)
+        except ConfigError as error:  # a choice may ask for values that only the user has
+            missing = [key for key in REQUIRED if f"{key}: has no value" in str(error)]
+            assert missing, error
+            config = compose.compose([*overrides, *(REQUIRED[key] for key in missing)])
+        else:
+            config = compose.compose(overrides)
+        if name in CHOICES[group]:
+            assert type(getattr(config, group)) is CHOICES[group][name]
+
+
+@pytest.mark.parametrize("name", compose.options("experiment"))
+def test_every_experiment_composes_and_says_what_it_is(name: str):
+    needed = ["reward.fn=expressions"] if name == "none" else []
+    config = compose.compose([f"experiment={name}", *needed])
+    assert config.experiment_name == ("run" if name == "none" else name)
+    header, description, *_ = (conf_dir() / "experiment" / f"{name}.yaml").read_text().splitlines()
+    assert header == "# @package _global_"  # Hydra reads it only above every other line
+    assert description.startswith("# ")
+    assert name == "none" or "arXiv" in description
+
+
+def test_no_file_of_conf_repeats_a_default(rows: Path):
+    """A default lives in its dataclass; YAML that repeats it would keep the old value when it changes."""
+    repeated = []
+    for file in sorted(conf_dir().glob("*/*.yaml")):
+        group, content = file.parent.name, OmegaConf.to_container(OmegaConf.load(file)) or {}
+        assert isinstance(content, dict)
+        extends = next((entry for entry in content.pop("defaults", []) if isinstance(entry, str)), None)
+        if group != "experiment":
+            plain = CHOICES[group][str(extends)].__dataclass_fields__  # pyright: ignore[reportAttributeAccessIssue]
+            repeated += [f"{file.name}: {key}" for key, value in content.items() if getattr(plain[key].default, "name", plain[key].default) == value]
+            continue
+        # Without its own values: those of the experiment it extends, or none.
+        before = to_dict(compose.compose([f"experiment={extends or 'none'}", "reward.fn=exact_match"]))
+        for key, value in content.items():
+            for inner, inner_value in value.items() if isinstance(value, dict) else [(None, value)]:
+                same = before[key].get(inner) == inner_value if inner else before[key] == inner_value
+                if same and not (key in ("num_steps", "prompts_per_step", "group_size") and extends is None):
+                    repeated.append(f"{file.name}: {key}{f'.{inner}' if inner else ''}")
+    assert not repeated
+
+
+def test_every_setting_is_read_somewhere():
+    """A setting that nobody reads is deleted. Its own check, and what only prints or composes it, are no readers."""
+    read: set[str] = set()
+    for file in PACKAGE.rglob("*.py"):
+        if file.relative_to(PACKAGE).as_posix() in ("settings.py", "compose.py", "choices.py", "schedule.py"):
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        checks = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and "problems" in node.name]
+        checks += [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__post_init__"]
+        skipped = {inner for node in checks for inner in ast.walk(node)}
+        read |= {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node not in skipped
+        }
+    unread = sorted(
+        {f"{group}.{field.name}" for group, options in CHOICES.items() for cls in options.values() for field in fields(cls) if field.name not in read}
+        | {field.name for field in fields(RunConfig) if field.name not in read}
+    )
+    assert not unread, f"no code reads {', '.join(unread)}"
+
+
+def test_the_names_that_errors_and_folders_are_made_of_are_free():
+    for group, options in CHOICES.items():
+        for name, cls in options.items():
+            assert "choice" not in [field.name for field in fields(cls)], f"{group}={name}: `choice` is the key of its name in to_dict"
+
+
+def test_load_takes_what_hydra_composed_and_returns_plain_dataclasses():
+    cfg, _ = compose._hydra("quickstart", ())
+    config = load(cfg)
+    assert isinstance(config, RunConfig)
+    assert config == compose.compose([])
+    assert type(config.evaluation.ks) is list  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_load_reports_keys_that_got_past_hydra():
+    cfg = compose._hydra("quickstart", ())[0].copy()
+    OmegaConf.update(cfg, "num_stepz", 3, force_add=True)
+    OmegaConf.update(cfg, "optimizer.learning_rat", 3, force_add=True)
+    with pytest.raises(ConfigError) as caught:
+        load(cfg)
+    assert "num_stepz: no such setting. Did you mean num_steps?" in str(caught.value)
+    assert "optimizer.learning_rat: no such setting. Did you mean learning_rate?" in str(caught.value)
+
+
+def test_all_problems_come_in_one_report():
+    report = wrong(
+        "divergence=revers_kl",
+        "seed=x",
+        "num_step=3",
+        "reward.timeout_s=-1",
+        "reward.num_workers=0",
+        "rollout.top_p=0.9",
+        "group_size=1",
+        "evaluation.ks=[1,32]",
+        "reward.fn=expresions",
+    )
+    assert report == [
+        "divergence=revers_kl: no such choice. Did you mean reverse_kl? Choices: none, reverse_kl.",
+        "seed=x: not a whole number. Write seed=0.",
+        "num_step: no such setting. Did you mean num_steps?",
+        "reward.timeout_s=-1.0: no time to answer. Write seconds above 0; 10 is usual.",
+        "reward.num_workers=0: nobody computes rewards. Write 1 or more.",
+        "rollout.top_p=0.9: truncated sampling biases every ratio in training. Write rollout.top_p=1.0; evaluation.top_p may differ.",
+        "evaluation.ks=[1, 32]: pass@k needs 1 <= k <= evaluation.samples_per_prompt=16. Write evaluation.ks=[1] or draw more samples.",
+        "group_size=1: advantage=grpo compares the responses to one prompt with each other, and one response has an advantage of 0. "
+        "Write 2 or more; 8 or 16 is usual.",
+        report[-1],
+    ]
+    assert report[-1].startswith("reward.fn=expresions: no such function in reward_fns/. Did you mean expressions? Write file.py:")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start", "fix"),
+    [
+        ("num_steps=0", "num_steps=0: ", "write 1 or more"),
+        ("max_response_tokens=0", "max_response_tokens=0: ", "write 1 or more"),
+        ("checkpoint_every=-1", "checkpoint_every=-1: ", "0 for one checkpoint at the end"),
+        ("seed=-1", "seed=-1: ", "write a number from 0"),
+        ("prompts_per_step=32 optimizer_steps_per_batch=5", "optimizer_steps_per_batch=5: ", "Write optimizer_steps_per_batch=4 or prompts_per_step=35."),
+        ("prompts_per_step=2 optimizer_steps_per_batch=4", "optimizer_steps_per_batch=4: ", "Write optimizer_steps_per_batch=2 or prompts_per_step=4."),
+        ("optimizer.warmup_steps=100", "optimizer.warmup_steps=100: ", "the run has only 100 optimiser steps"),
+        ("optimizer.final_fraction=0.1", "optimizer.final_fraction=0.1: ", "Write optimizer.schedule=cosine."),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate=0.0: ", "Write a number above 0"),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate=nan: ", "Write a number above 0"),
+        ("learner.tokens_per_microbatch=39", "learner.tokens_per_microbatch=39: ", "Write 40 or more."),
+        ("data.held_out_fraction=0", "data.held_out_fraction=0: ", "or evaluation=none"),
+        ("data.held_out_fraction=1", "data.held_out_fraction=1.0: ", "0.1 is usual"),
+        ("rollout.temperature=0", "rollout.temperature=0.0: ", "Write a number above 0; 1.0 is usual."),
+        ("evaluation.temperature=0", "evaluation.temperature=0.0: ", "evaluation.samples_per_prompt=1"),
+        ("cluster=inprocess", "rollout=vllm: ", "Write rollout=transformers or cluster=local."),
+        ("cluster=inprocess rollout=transformers learner.num_ranks=2", "learner.num_ranks=2: ", "Write learner.num_ranks=1"),
+        ("cluster=inprocess rollout=transformers rollout.num_engines=2", "rollout.num_engines=2: ", "Write rollout.num_engines=1"),
+        ("reward.fn=my_reward.py:exact", "reward.fn=my_reward.py:exact: there is no file my_reward.py", "Check its spelling."),
+        ("reward.fn=my_rewards.py:", "reward.fn=my_rewards.py:: '' is no function's name.", "Write reward.fn=my_rewards.py:my_function."),
+        ("data=jsonl data.path=row.jsonl reward.fn=exact_match", "data.path=row.jsonl: no such file", "Check its spelling."),
+        ("data=jsonl reward.fn=exact_match", "data.path: has no value.", "Write data.path=file."),
+        ("model=path", "model.path: has no value.", "Write model=tiny, model=smollm2_135m, or model.path="),
+    ],
+)
+def test_a_wrong_run_is_refused_with_what_to_write_instead(overrides: str, start: str, fix: str, rows: Path):
+    (sentence,) = wrong(*overrides.split())
+    assert sentence.startswith(start)
+    assert fix in sentence
+
+
+def test_k2_with_several_optimiser_steps_per_batch_is_refused():
+    assert compose.compose(["divergence=reverse_kl", "divergence.estimator=k2"])
+    for several in ("optimizer_steps_per_batch=2", "epochs_per_batch=2"):
+        (sentence,) = wrong("divergence=reverse_kl", "divergence.estimator=k2", several)
+        assert sentence.startswith("divergence.estimator=k2: its gradient is right only for the first optimiser step on a batch, and there are 2")
+        assert "Write divergence.estimator=k3_weighted, score or exact" in sentence
+
+
+@pytest.mark.parametrize("advantage", GROUP_BASELINES)
+def test_group_baselines_refuse_groups_of_one(advantage: str):
+    (sentence,) = wrong(f"advantage={advantage}", "group_size=1")
+    assert sentence.startswith(f"group_size=1: advantage={advantage} compares the responses to one prompt with each other")
+
+
+def test_held_out_rows_of_their_own_stand_in_for_a_share(rows: Path):
+    own = ["data=jsonl", "data.path=rows.jsonl", "data.held_out_fraction=0", "reward.fn=my_rewards.py:exact"]
+    assert compose.compose([*own, "data.held_out_path=rows.jsonl"])
+    assert compose.compose([*own, "evaluation=none"])
+    assert len(wrong(*own)) == 1
+
+
+def test_a_checked_config_has_no_problems():
+    assert list(problems(compose.compose([]))) == []
+
+
+def test_yaml_names_the_choice_of_every_group():
+    config = compose.compose(["divergence=reverse_kl"])
+    read = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
+    assert isinstance(read, dict)
+    assert {group: read[group]["choice"] for group in CHOICES}["divergence"] == "reverse_kl"
+    assert read["divergence"] == {"choice": "reverse_kl", "coef": 0.05, "estimator": "score"}
+
+
+@dataclass(kw_only=True, slots=True)
+class Halved(ClippedSurrogate):
+    """Half of the clipped surrogate."""
+
+    factor: float = 0.5  # of the loss
+
+    def __post_init__(self):
+        ClippedSurrogate.__post_init__(self)
+        if self.factor <= 0:
+            raise ConfigError(f"objective.factor={self.factor}: write a number above 0.")
+
+
+@pytest.fixture
+def halved():
+    register({"objective": {"halved": Halved}})
+    yield
+    del CHOICES["objective"]["halved"]
+
+
+@pytest.mark.usefixtures("halved")
+def test_a_registered_choice_is_chosen_set_and_checked_like_any_other():
+    config = compose.compose(["objective=halved", "objective.factor=0.25"])
+    assert config.objective == Halved(factor=0.25)
+    assert wrong("objective=halved", "objective.factor=0") == ["objective.factor=0.0: write a number above 0."]
+    assert wrong("objective=halve") == ["objective=halve: no such choice. Did you mean halved? Choices: clipped, halved."]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"objectives": {"mine": Halved}}, "objectives: no such group of choices. Did you mean objective?"),
+        ({"divergence": {"mine": Halved}}, "divergence=mine: .* is not a dataclass that extends rlkit.core.divergences.Divergence."),
+        ({"objective": {"clipped": Halved}}, "objective=clipped: rlkit has a choice of that name, ClippedSurrogate. Give yours another"),
+    ],
+)
+def test_what_cannot_be_registered(extra: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        register(extra)

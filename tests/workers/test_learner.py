@@ -1,0 +1,188 @@
+"""The learner against plain transformers and autograd: what one optimiser step does to the weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rlkit.compose import compose
+from rlkit.core.reduce import Denominators
+from rlkit.data.models.loading import load_model
+from rlkit.errors import NumericalError
+from rlkit.settings import AdamW, Schedule
+from rlkit.workers.learner import full_tensor, learning_rate
+
+RATE = 0.5
+SGD = ["optimizer=sgd", f"optimizer.learning_rate={RATE}", "optimizer.max_grad_norm=1e9", "max_response_tokens=16"]
+
+
+@pytest.fixture
+def begin(learner, random_model):
+    def start(*overrides: str, tied: bool = True):
+        learner.begin(compose([f"model.path={random_model(tied=tied)}", *SGD, *overrides]))
+        return learner
+
+    return start
+
+
+def weights(learner) -> dict[str, torch.Tensor]:
+    return {name: full_tensor(parameter).clone() for name, parameter in learner.policy.model.named_parameters()}
+
+
+def step(learner, batch, *, divergence_coef=None, entropy_coef=None):
+    denominators = Denominators.count(batch.response_mask, max_response_tokens=16)
+    return learner.update(batch, denominators=denominators, divergence_coef=divergence_coef, entropy_coef=entropy_coef)
+
+
+def gradient_of_one_step(learner, batch, **coefs) -> dict[str, torch.Tensor]:
+    before = weights(learner)
+    assert not step(learner, batch, **coefs).skipped
+    return {name: (before[name] - after) / RATE for name, after in weights(learner).items()}
+
+
+def vocabulary_logprobs(model, batch, row: int) -> torch.Tensor:
+    """[T, V] at the row's response positions, from one unpadded forward pass."""
+    prompt, response = int(batch.prompt_lengths[row]), int(batch.response_lengths[row])
+    ids = batch.input_ids[row : row + 1, : prompt + response]
+    return model(ids).logits[0, prompt - 1 : prompt + response - 1].log_softmax(-1)
+
+
+def response_ids(batch, row: int) -> torch.Tensor:
+    prompt, response = int(batch.prompt_lengths[row]), int(batch.response_lengths[row])
+    return batch.input_ids[row, prompt : prompt + response]
+
+
+def assert_same(mine: dict[str, torch.Tensor], model) -> None:
+    for name, parameter in model.named_parameters():
+        error = (mine[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 2e-5, f"{name}: relative error {error:.2g}"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_step_is_the_policy_gradient_that_autograd_gives_on_unpadded_rows(begin, random_model, make_batch, tied):
+    learner, batch = begin("aggregation=seq_mean_token_mean", tied=tied), make_batch()
+    mine = gradient_of_one_step(learner, batch)
+    model = load_model(random_model(tied=tied), dtype=torch.float32).requires_grad_(True)
+    loss = torch.zeros(())
+    for row in range(batch.num_rows):  # on-policy, so the surrogate's gradient is that of -A log pi
+        logprobs = vocabulary_logprobs(model, batch, row).gather(1, response_ids(batch, row).unsqueeze(1))
+        loss = loss - batch.advantages[row, 0] * logprobs.mean() / batch.num_rows
+    loss.backward()
+    assert_same(mine, model)
+
+
+def test_the_exact_divergence_and_the_entropy_bonus_descend_what_they_say(begin, random_model, make_batch):
+    """Over the whole vocabulary, from the reference's hidden states, against brute force on whole logits."""
+    learner = begin("divergence=reverse_kl", "divergence.estimator=exact", "entropy=bonus", "aggregation=token_mean")
+    batch = make_batch()
+    reference = load_model(random_model(tied=False), dtype=torch.float32)  # another model than the policy
+    hidden = torch.zeros(batch.num_rows, batch.response_mask.shape[1], 64)
+    with torch.no_grad():
+        for row in range(batch.num_rows):
+            prompt, response = int(batch.prompt_lengths[row]), int(batch.response_lengths[row])
+            states = reference.model(batch.input_ids[row : row + 1, : prompt + response]).last_hidden_state[0]
+            hidden[row, :response] = states[prompt - 1 : -1]
+    learner.set_reference_head(reference.lm_head.weight.detach().numpy())
+    batch = replace(batch, ref_hidden=hidden, advantages=torch.zeros_like(batch.advantages))
+    mine = gradient_of_one_step(learner, batch, divergence_coef=0.3, entropy_coef=0.2)
+
+    model = load_model(random_model(tied=True), dtype=torch.float32).requires_grad_(True)
+    loss = torch.zeros(())
+    for row in range(batch.num_rows):
+        policy = vocabulary_logprobs(model, batch, row)
+        ref = vocabulary_logprobs(reference, batch, row).detach()
+        loss = loss + 0.3 * (policy.exp() * (policy - ref)).sum() + 0.2 * (policy.exp() * policy).sum()
+    (loss / batch.response_mask.sum()).backward()
+    assert_same(mine, model)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "const_norm"])
+def test_microbatches_and_head_chunks_leave_the_gradient_unchanged(begin, make_batch, aggregation):
+    batch = make_batch(rows=9)
+    whole = gradient_of_one_step(begin(f"aggregation={aggregation}", "entropy=bonus"), batch, entropy_coef=0.1)
+    learner = begin(f"aggregation={aggregation}", "entropy=bonus", "learner.tokens_per_microbatch=600")
+    learner.config.learner.tokens_per_microbatch = 20  # one row or two at a time
+    learner.config.learner.head_memory_mib = 0  # one token at a time
+    split = gradient_of_one_step(learner, batch, entropy_coef=0.1)
+    for name, gradient in whole.items():
+        assert (split[name] - gradient).norm() / gradient.norm() < 2e-5, name
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_stop_the_run(begin, make_batch):
+    learner, batch = begin("optimizer=adamw", "optimizer.learning_rate=0.01"), make_batch()
+    step(learner, batch)  # Adam has moments now
+    before = weights(learner)
+    moments = [state["exp_avg"].full_tensor().clone() for state in learner.optimizer.state.values()]
+    broken = replace(batch, advantages=torch.full_like(batch.advantages, float("nan")))
+    for _ in range(2):
+        stats = step(learner, broken)
+        assert stats.skipped
+        assert stats.metrics["policy/skipped_steps"].value == 1
+    after = weights(learner)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for old, state in zip(moments, learner.optimizer.state.values(), strict=True):
+        assert torch.equal(old, state["exp_avg"].full_tensor())
+    with pytest.raises(NumericalError, match="3 optimiser steps in a row"):
+        step(learner, broken)
+
+
+def test_a_good_step_between_bad_ones_starts_the_count_again(begin, make_batch):
+    learner, batch = begin(), make_batch()
+    broken = replace(batch, advantages=torch.full_like(batch.advantages, float("inf")))
+    for _ in range(3):
+        assert step(learner, broken).skipped
+        assert step(learner, broken).skipped
+        assert not step(learner, batch).skipped
+
+
+def test_gradient_clipping_bounds_the_step(begin, make_batch):
+    learner = begin("optimizer.max_grad_norm=0.001")
+    moved = gradient_of_one_step(learner, make_batch())
+    assert sum(float(g.square().sum()) for g in moved.values()) ** 0.5 == pytest.approx(0.001, rel=1e-3)
+
+
+def test_bfloat16_computes_with_rounded_weights_and_steps_float32_masters(begin, make_batch):
+    learner, batch = begin("model.dtype=bfloat16", "optimizer.learning_rate=1e-5"), make_batch()
+    learner.score([(5, 6, 7)])  # leaves FSDP's gathered, rounded parameters behind unless they are put away
+    before = weights(learner)
+    assert any(not torch.equal(w, w.bfloat16().float()) for w in before.values())
+    step(learner, batch)
+    after = weights(learner)
+    moved = [(after[name] - before[name]).abs().max() / before[name].abs().max() for name in before]
+    assert all(0 < float(m) < 2**-9 for m in moved)  # smaller than bfloat16 can show on these weights, and not lost
+
+
+def test_a_saved_policy_loads_in_transformers_with_the_same_logprobs(begin, make_batch, tmp_path):
+    learner, batch = begin(), make_batch()
+    step(learner, batch)
+    learner.save(str(tmp_path))
+    model = load_model(str(tmp_path), dtype=torch.float32)
+    sequence = (5, 17, 40, 41, 8)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([sequence])).logits[0].log_softmax(-1)
+    expected = logprobs[:-1].gather(1, torch.tensor(sequence[1:]).unsqueeze(1)).squeeze(1)
+    np.testing.assert_allclose(learner.score([sequence])[0], expected.numpy(), atol=1e-5)
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+def test_logprobs_come_back_in_the_batchs_own_rows(begin, random_model, make_batch):
+    learner, batch = begin(), make_batch(rows=7)
+    values = learner.logprobs(batch)
+    model = load_model(random_model(tied=True), dtype=torch.float32)
+    for row in range(batch.num_rows):
+        with torch.no_grad():
+            expected = vocabulary_logprobs(model, batch, row).gather(1, response_ids(batch, row).unsqueeze(1)).squeeze(1)
+        np.testing.assert_allclose(values[row, : len(expected)], expected, atol=1e-5)
+        assert not values[row, len(expected) :].any()
+
+
+def test_the_learning_rate_warms_up_and_follows_its_schedule():
+    settings = AdamW(learning_rate=1.0, warmup_steps=2, schedule=Schedule.linear, final_fraction=0.2)
+    rates = [learning_rate(settings, update, 7) for update in range(7)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+    settings = AdamW(learning_rate=1.0, schedule=Schedule.cosine)
+    assert [learning_rate(settings, update, 5) for update in range(5)] == pytest.approx([1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
+    assert learning_rate(AdamW(learning_rate=3.0), 99, 5) == 3.0
