@@ -229,23 +229,33 @@ def _with_experiment(experiment: str, chosen: dict[str, str]) -> DictConfig:
     A group whose choice the user replaced keeps, of what the experiment sets there, what every choice of that group has
     (say, learning_rate); the rest belonged to the choice that is gone.
     """
-    cfg, choices = _hydra(experiment, ())
-    replaced = {group: name for group, name in chosen.items() if choices[group] != name}
-    if not replaced:
-        return cfg.copy()
-    if experiment == "none":
-        return _hydra("none", tuple(sorted(chosen.items())))[0].copy()
-    wanted, _ = _hydra("none", tuple(sorted((choices | chosen).items())))
-    cfg = cfg.copy()
-    for group in replaced:
-        node = wanted[group].copy()
-        if shared := [setting.name for setting in fields(base_of(group))]:
-            plain, _ = _hydra("none", tuple(sorted(choices.items())))
-            for name in shared:
-                if not _same(cfg[group], plain[group], name):
-                    node[name] = cfg[group][name]
+    composed, choices = _hydra(experiment)
+    cfg = composed.copy()
+    for group, name in chosen.items():
+        if name == choices[group]:
+            continue
+        before, node = _option(group, choices[group]), _option(group, name)
+        for setting in fields(base_of(group)):
+            if not _same(cfg[group], before, setting.name):
+                node[setting.name] = cfg[group][setting.name]
         cfg[group] = node
     return cfg
+
+
+def _option(group: str, name: str) -> DictConfig:
+    """One choice as Hydra composes it: the class's defaults, and over them a preset's differences."""
+    if name in CHOICES[group]:
+        return OmegaConf.structured(CHOICES[group][name])
+    file = conf_dir() / group / f"{name}.yaml"
+    try:
+        differences = OmegaConf.load(file)
+        assert isinstance(differences, DictConfig), file
+        (start,) = differences.pop("defaults")
+        merged = OmegaConf.merge(_option(group, start), differences)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{file}: {str(error).splitlines()[0]}.") from error
+    assert isinstance(merged, DictConfig), file
+    return merged
 
 
 def _same(mine: DictConfig, other: DictConfig, name: str) -> bool:
@@ -256,23 +266,21 @@ def _same(mine: DictConfig, other: DictConfig, name: str) -> bool:
 
 def _stored(stored: Mapping[str, Any], chosen: dict[str, str]) -> DictConfig:
     """The settings of an earlier run under the user's choices."""
-    before: dict[str, str] = {}
-    for group in CHOICES:
-        name = str(stored.get(group, {}).get("choice", "nothing"))
-        if name not in CHOICES[group]:
+    before = {group: str(stored[group]["choice"]) for group in CHOICES if group in stored}
+    for group, name in before.items():
+        if name not in CHOICES[group] and group not in chosen:
             known = ", ".join(CHOICES[group])
             raise ConfigError(f"{group}={name}: the stored run's choice is unknown here. Write {group}= and one of {known}.")
-        before[group] = name
-    cfg = _hydra("none", tuple(sorted((before | chosen).items())))[0].copy()
-    for name, value in stored.items():
-        if name not in CHOICES:
-            _put(cfg, name, value)
+    now = before | chosen
+    cfg = _with_experiment("none", now)
+    for key, value in stored.items():
+        if key not in CHOICES:
+            _put(cfg, key, value)
             continue
-        kept = chosen.get(name, before[name]) == before[name]
-        shared = {setting.name for setting in fields(base_of(name))}
-        for inner, inner_value in value.items():
-            if inner != "choice" and (kept or inner in shared):
-                _put(cfg, f"{name}.{inner}", inner_value)
+        shared = {setting.name for setting in fields(base_of(key))}
+        for name, inner in value.items():
+            if name in shared or (name != "choice" and now[key] == before[key]):
+                _put(cfg, f"{key}.{name}", inner)
     return cfg
 
 
@@ -284,20 +292,14 @@ def _put(cfg: DictConfig, key: str, value: Any) -> None:
         raise ConfigError(f"{key}={value}: this version of rlkit cannot read the stored setting ({why}).") from None
 
 
-def _hydra(experiment: str, chosen: tuple[tuple[str, str], ...]) -> tuple[DictConfig, dict[str, str]]:
-    # New choices may have been registered since the last call, so the classes are part of the key.
-    return _composed(experiment, chosen, tuple((group, tuple(options.items())) for group, options in CHOICES.items()))
-
-
 @cache
-def _composed(experiment: str, chosen: tuple[tuple[str, str], ...], _known: object) -> tuple[DictConfig, dict[str, str]]:
-    """What Hydra makes of these choices, and the name chosen in each group. Callers copy before they change it."""
+def _hydra(experiment: str) -> tuple[DictConfig, dict[str, str]]:
+    """What Hydra makes of an experiment, and the name chosen in each group. Callers copy before they change it."""
     try:
         with hydra.initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            lines = [f"experiment={experiment}", *(f"{group}={name}" for group, name in chosen)]
-            cfg = hydra.compose("config", lines, return_hydra_config=True)
+            cfg = hydra.compose("config", [f"experiment={experiment}"], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{conf_dir()} cannot be composed with {' '.join(lines)}: {error}") from error
+        raise ConfigError(f"experiment={experiment}: {conf_dir()} cannot be composed: {error}") from error
     choices = {group: cfg.hydra.runtime.choices[group] for group in CHOICES}
     with open_dict(cfg):
         del cfg["hydra"]
@@ -440,7 +442,8 @@ def _merge(sweep: Sequence[Override], lines: list[list[str]], labels: list[str],
     """The problems of all runs of a sweep, each once; what is wrong in some runs only says in which."""
     texts: dict[str, str] = {}
     for problem in itertools.chain(*every):
-        having = [problem.text in [other.text for other in found] for found in every]
+        same = "key" if problem.group else "text"  # the value may be swept too
+        having = [getattr(problem, same) in [getattr(other, same) for other in found] for found in every]
         if all(having):
             texts[problem.text] = problem.text
         elif problem.group:

@@ -4,6 +4,7 @@ import ast
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import hydra
 import pytest
 from omegaconf import OmegaConf
 
@@ -80,12 +81,12 @@ def test_no_file_of_conf_repeats_a_default(rows: Path):
             plain = CHOICES[group][str(extends)].__dataclass_fields__  # pyright: ignore[reportAttributeAccessIssue]
             repeated += [f"{file.name}: {key}" for key, value in content.items() if getattr(plain[key].default, "name", plain[key].default) == value]
             continue
-        # Without its own values: those of the experiment it extends, or none.
-        before = to_dict(compose.compose([f"experiment={extends or 'none'}", "reward.fn=exact_match"]))
+        # What holds without this file: the experiment that it extends, or every default, of the same choices.
+        choices = [f"{group}={name}" for group, name in compose._hydra(file.stem)[1].items()]
+        before = to_dict(compose.compose([f"experiment={extends or 'none'}", "reward.fn=exact_match", *choices]))
         for key, value in content.items():
             for inner, inner_value in value.items() if isinstance(value, dict) else [(None, value)]:
-                same = before[key].get(inner) == inner_value if inner else before[key] == inner_value
-                if same and not (key in ("num_steps", "prompts_per_step", "group_size") and extends is None):
+                if (before[key].get(inner) if inner else before[key]) == inner_value:
                     repeated.append(f"{file.name}: {key}{f'.{inner}' if inner else ''}")
     assert not repeated
 
@@ -105,10 +106,10 @@ def test_every_setting_is_read_somewhere():
             for node in ast.walk(tree)
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node not in skipped
         }
-    unread = sorted(
-        {f"{group}.{field.name}" for group, options in CHOICES.items() for cls in options.values() for field in fields(cls) if field.name not in read}
-        | {field.name for field in fields(RunConfig) if field.name not in read}
-    )
+    settings = {f"{group}.{field.name}" for group, options in CHOICES.items() for cls in options.values() for field in fields(cls)}
+    # A group with a single choice that has no settings says nothing yet.
+    settings |= {field.name for field in fields(RunConfig) if len(CHOICES.get(field.name, "many")) > 1}
+    unread = sorted(key for key in settings if key.rpartition(".")[2] not in read)
     assert not unread, f"no code reads {', '.join(unread)}"
 
 
@@ -118,8 +119,17 @@ def test_the_names_that_errors_and_folders_are_made_of_are_free():
             assert "choice" not in [field.name for field in fields(cls)], f"{group}={name}: `choice` is the key of its name in to_dict"
 
 
+def test_a_choice_is_what_hydra_would_compose():
+    for turn in range(max(len(compose.options(group)) for group in CHOICES)):
+        chosen = {group: names[turn % len(names)] for group in CHOICES if (names := compose.options(group))}
+        with hydra.initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+            composed = hydra.compose("config", ["experiment=none", *(f"{group}={name}" for group, name in chosen.items())])
+        for group, name in chosen.items():
+            assert compose._option(group, name) == composed[group], f"{group}={name}"
+
+
 def test_load_takes_what_hydra_composed_and_returns_plain_dataclasses():
-    cfg, _ = compose._hydra("quickstart", ())
+    cfg, _ = compose._hydra("quickstart")
     config = load(cfg)
     assert isinstance(config, RunConfig)
     assert config == compose.compose([])
@@ -127,7 +137,7 @@ def test_load_takes_what_hydra_composed_and_returns_plain_dataclasses():
 
 
 def test_load_reports_keys_that_got_past_hydra():
-    cfg = compose._hydra("quickstart", ())[0].copy()
+    cfg = compose._hydra("quickstart")[0].copy()
     OmegaConf.update(cfg, "num_stepz", 3, force_add=True)
     OmegaConf.update(cfg, "optimizer.learning_rat", 3, force_add=True)
     with pytest.raises(ConfigError) as caught:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from rlkit.config import BadRow, Data
 from rlkit.data.sources import Row, Source, column_names, read
 from rlkit.errors import ConfigError, DataError
+from rlkit.settings import BadRow, Data
 from rlkit.types import Prompt
 
 if TYPE_CHECKING:

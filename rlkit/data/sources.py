@@ -11,9 +11,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rlkit.config import ComparisonData, Data, ExpressionsData, HuggingFaceData, JsonlData, ParquetData, ReasoningGymData, TableData
 from rlkit.data import comparison, expressions
 from rlkit.errors import ConfigError, DataError, ResourceError
+from rlkit.settings import (
+    ComparisonData,
+    Data,
+    ExpressionsData,
+    HuggingFaceData,
+    JsonlData,
+    ParquetData,
+    ReasoningGymData,
+    TableData,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rlkit.config import RunConfig
@@ -96,9 +96,10 @@ class Learner:
             for layer in model.get_decoder().layers:  # pyright: ignore[reportAttributeAccessIssue]
                 fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
-        # Losses are shares of a global mean, so ranks are summed; FSDP would average.
+        # Losses are shares of a global mean, so ranks are summed; FSDP would average. The plain sum, because gloo has no other.
         for module in policy.modules():
-            if hasattr(module, "set_gradient_divide_factor"):
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)
         return policy
 

@@ -19,8 +19,11 @@ def test_evaluate_agrees_with_python_on_every_expression_it_accepts():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "3", "3*5", "3*5+7 ", " 3*5+7", "3 * 5+7", "3*5+7=", "3*5+-7", "(3*5)", "3**57", "3*5+0", "3/5+7", "-3+57", "35+77"]
-    + ["3*5+\N{SUPERSCRIPT SEVEN}", "3*5+\N{FULLWIDTH DIGIT SEVEN}", "3*5\N{FULLWIDTH PLUS SIGN}7", "3*5+7\n", "3,5,7", "*3+57"],
+    [
+        *("", "3", "3*5", "3*5+7 ", " 3*5+7", "3 * 5+7", "3*5+7=", "3*5+7\n", "3*5+-7", "-3+57", "(3*5)"),
+        *("3**57", "3*5+0", "3/5+7", "35+77", "3,5,7", "*3+57"),
+        *("3*5+\N{SUPERSCRIPT SEVEN}", "3*5+\N{FULLWIDTH DIGIT SEVEN}", "3*5\N{FULLWIDTH PLUS SIGN}7"),
+    ],
 )
 def test_anything_but_the_one_spelling_is_wrong(text):
     assert expressions.evaluate(text) is None
@@ -33,7 +36,8 @@ def test_is_right_wants_each_digit_once_in_any_order_and_the_target():
     assert not expressions.is_right("357", 23, "3*5+7")
     assert not expressions.is_right("358", 22, "3*5+7")  # equals the target with another digit
     assert not expressions.is_right("357", 13, "3+3+7")  # one digit twice
-    assert not expressions.is_right("557", 15, "5+5+5") and expressions.is_right("555", 15, "5+5+5")
+    assert not expressions.is_right("557", 15, "5+5+5")
+    assert expressions.is_right("555", 15, "5+5+5")
     assert expressions.is_right("357", -9, "3-5-7")  # minus is left to right: 3 - (5 - 7) would be 5
 
 
@@ -67,11 +71,11 @@ def test_examples_are_the_same_on_every_machine():
 
 
 def test_the_splits_share_no_problem_and_a_tenth_is_held_out():
-    train = {("".join(sorted(row["digits"])), row["target"]) for row in expressions.rows("train", expressions.num_prompts("train"))}
-    held = {
-        ("".join(sorted(row["digits"])), row["target"])
-        for row in expressions.rows("held_out", expressions.num_prompts("held_out"))
-    }
+    def problems(split):
+        rows = expressions.rows(split, expressions.num_prompts(split))
+        return {("".join(sorted(row["digits"])), row["target"]) for row in rows}
+
+    train, held = problems("train"), problems("held_out")
     assert train.isdisjoint(held)
     assert 0.08 < len(held) / (len(train) + len(held)) < 0.12
     assert expressions.split_of("357", 22) == expressions.split_of("735", 22)

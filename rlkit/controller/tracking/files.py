@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,13 @@ def choices(config: RunConfig) -> dict[str, str]:
 
 def write_versions(path: Path) -> None:
     """What a reader needs to repeat the run: code, packages, machine."""
-    packages = {found.metadata["Name"]: found.version for found in distributions()}
     versions = {
         "rlkit": rlkit_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {"model": _cpu_model(), "cores": len(os.sched_getaffinity(0))},
         "gpus": _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader").splitlines(),
-        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+        "packages": _packages(),
     }
     write_atomically(path, json.dumps(versions, indent=2) + "\n")
 
@@ -123,6 +123,13 @@ def _row(rollout: Rollout, advantage: float) -> dict[str, Any]:
         "reward_components": json.dumps(rollout.reward_components),
         "advantage": advantage if math.isfinite(advantage) else None,
     }
+
+
+@cache
+def _packages() -> dict[str, str]:
+    """Name -> version of everything installed. Cached: a sweep asks for every job, and each look reads hundreds of files."""
+    found = {package.metadata["Name"]: package.version for package in distributions()}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
 def _cpu_model() -> str:

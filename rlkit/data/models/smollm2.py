@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from rlkit.errors import ResourceError
@@ -50,6 +51,11 @@ def fetch(cache_dir: str | Path | None = None) -> Path:
 def convert(gguf: Path, out_dir: Path) -> None:
     """Write the GGUF file's model, tokenizer and chat template to `out_dir` as transformers and vLLM read them."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The file names its splitting rule ("smollm": digits stand alone) and transformers falls back to GPT-2's, which takes
+    # a line break before a number apart where the model saw it whole.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,

@@ -73,7 +73,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def build(out_dir: str | Path, seed: int = 0, *, steps: int = STEPS, num_threads: int = 2) -> Path:
+def build(out_dir: str | Path, seed: int = 0, *, steps: int = STEPS, num_threads: int = 1) -> Path:
     """Train the warm start and write it to the new folder `out_dir` in bf16, with its tokenizer. Returns the folder.
 
     The same seed, steps and number of threads give the same bytes on the same kind of processor; others round otherwise.
@@ -141,7 +141,8 @@ def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: in
 @contextmanager
 def _own_randomness(num_threads: int) -> Iterator[None]:
     """Lets the trainer seed the global generators, and gives the caller its own back."""
-    python, legacy, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
+    python, threads = random.getstate(), torch.get_num_threads()
+    legacy = np.random.get_state()  # noqa: NPY002  the generator that the trainer seeds
     try:
         # The order of a sum depends on the number of threads, and so do the last bits of the weights.
         torch.set_num_threads(num_threads)
@@ -150,4 +151,4 @@ def _own_randomness(num_threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         random.setstate(python)
-        np.random.set_state(legacy)
+        np.random.set_state(legacy)  # noqa: NPY002

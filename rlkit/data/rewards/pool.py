@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from rlkit.config import Reward
 from rlkit.data.rewards.functions import RewardSignature, locate
 from rlkit.data.rewards.process import WorkerDied, WorkerHung, WorkerProcess
 from rlkit.errors import DataError, RewardError, RlkitError
+from rlkit.settings import Reward
 from rlkit.types import RewardResult, RewardStatus
 
 logger = logging.getLogger(__name__)
@@ -345,6 +345,6 @@ def _plain(value: Any, column: str, sample_id: str) -> Any:
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: _plain(part, column, sample_id) for key, part in value.items()}
     raise DataError(
-        f"column {column} of sample {sample_id} holds a {type(value).__name__}, which cannot be sent to a reward function. Store it as "
-        f"text or numbers; or name the columns that the function needs as its arguments, without **columns."
+        f"column {column} of sample {sample_id} holds a {type(value).__name__}, which cannot be sent to a reward function. "
+        f"Store it as text or numbers; or name the columns that the function needs as its arguments, without **columns."
     )

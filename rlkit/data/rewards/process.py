@@ -64,7 +64,8 @@ class WorkerProcess:
             hello = self._receive(time.monotonic() + self._start_limit_s)
         except WorkerHung:
             raise RewardError(
-                f"reward.fn={self._name}: importing it took longer than {self._start_limit_s:g} s. Move slow work out of its top level."
+                f"reward.fn={self._name}: importing it took longer than {self._start_limit_s:g} s. "
+                f"Move slow work out of its top level."
             ) from None
         except WorkerDied as death:
             raise RewardError(f"reward.fn={self._name}: its worker {death} while importing it. See its output above.") from None

@@ -1,0 +1,54 @@
+"""Ranks and engines as one: what the controller sees must not depend on how many there are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlkit.compose import compose
+from rlkit.controller.fleet import Engines, Learners
+from rlkit.types import SampleRequest, SamplingSpec
+from rlkit.workers.weight_sync import TOLERANCES, sync_weights
+
+SETTINGS = ["optimizer=sgd", "optimizer.learning_rate=0.5", "max_response_tokens=16", "aggregation=token_mean"]
+
+
+def exported(learner: Learners, cluster) -> dict[str, torch.Tensor]:
+    from rlkit.workers.weight_sync import unpack
+
+    tensors = {}
+    for index in range(learner.num_parts()):
+        part = learner.export_part(index, 0).result(300)
+        tensors |= {name: unpack(packed).clone() for name, packed in part.tensors.items()}
+    return tensors
+
+
+@pytest.mark.slow
+def test_two_ranks_step_as_one(ray_cluster, random_model, make_batch):
+    batch, after = make_batch(rows=7), {}
+    before = None
+    for ranks in (1, 2):
+        config = compose([f"model.path={random_model(tied=True)}", *SETTINGS, f"learner.num_ranks={ranks}"])
+        learner = Learners(config, ray_cluster)
+        before = exported(learner, ray_cluster)
+        for _ in range(3):
+            stats = learner.update(batch, divergence_coef=None, entropy_coef=None)
+        after[ranks] = exported(learner, ray_cluster), stats
+    one, two = after[1][0], after[2][0]
+    for name in one:
+        assert (one[name] - two[name]).norm() <= 1e-5 * (one[name] - before[name]).norm() + 1e-7, name
+    for name, metric in after[1][1].metrics.items():
+        assert after[2][1].metrics[name].value == pytest.approx(metric.value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_two_engines_hold_the_same_weights_and_answer_in_order(ray_cluster, random_model):
+    config = compose([f"model.path={random_model(tied=True)}", "rollout.num_engines=2", "max_response_tokens=8"])
+    engines, learner = Engines(config, ray_cluster), Learners(config, ray_cluster)
+    probes = [(5, 6, 7, 8), (30, 31, 32)]
+    report = sync_weights(learner, engines, version=3, probes=probes, tolerance=TOLERANCES["float32"])
+    assert report.max_abs <= 1e-4
+    requests = [SampleRequest(sample_id=str(i), prompt_ids=(5 + i, 6), seed=i) for i in range(7)]
+    completions = engines.generate(requests, SamplingSpec(max_tokens=8, stop_token_ids=(2,))).result()
+    assert [completion.sample_id for completion in completions] == [str(i) for i in range(7)]
+    assert all((completion.policy_version == 3).all() for completion in completions)

@@ -1,0 +1,394 @@
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlkit.data.rewards.pool import RewardItem, RewardPool
+from rlkit.errors import ConfigError, DataError, RewardError
+from rlkit.settings import Reward
+from rlkit.types import RewardStatus
+
+ok, skipped, timeout, error = RewardStatus.ok, RewardStatus.skipped, RewardStatus.timeout, RewardStatus.error
+
+FUNCTIONS = '''
+import asyncio, math, os, re, signal, subprocess, sys, time
+import numpy as np
+from rlkit.data.rewards import group_wise
+
+def number(completions):
+    return [float(text) for text in completions]
+
+def act(prompts, completions, **columns):
+    """Does what the completion says."""
+    [text] = completions
+    match text.split():
+        case ["sleep"]: time.sleep(100)
+        case ["spin"]:
+            while True: pass
+        case ["regex"]: re.match(r"(a+)+$", "a" * 60 + "b")  # C code that holds the interpreter's lock
+        case ["stop"]: os.kill(os.getpid(), signal.SIGSTOP)
+        case ["exit"]: os._exit(7)
+        case ["segfault"]: os.kill(os.getpid(), signal.SIGSEGV)
+        case ["sys.exit"]: sys.exit("bye")
+        case ["raise"]: return 1 / 0
+        case ["child"]: subprocess.run(["sleep", "1000"])
+        case ["print"]: print("x" * 100_000); print(b"\\x00\\x00\\x00\\x02{}", file=sys.stderr); os.write(1, b"\\x00\\x00\\x00\\x02{}")
+        case ["pid"]: return [os.getpid()]
+        case ["return", value]: return [eval(value)]
+        case ["whole", value]: return eval(value)
+        case ["once", path]:
+            if not os.path.exists(path):
+                open(path, "w").close()
+                os._exit(1)
+    return [1.0]
+
+async def patient(completions, answer):
+    await asyncio.sleep(0.001)
+    return [float(text == wanted) for text, wanted in zip(completions, answer)]
+
+@group_wise
+def rank(prompts, completions, answer):
+    assert len(set(prompts)) == 1
+    return [sorted(completions).index(text) for text in completions]
+
+@group_wise
+def one_for_all(completions):
+    return [1.0]
+
+def echo(completions, x):
+    return [float(repr(x) == text) for text in completions]
+
+def slow_start(completions):
+    return [1.0]
+'''
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "mine.py").write_text(FUNCTIONS)
+    (folder / "broken.py").write_text("import gone\n")
+    (folder / "slow.py").write_text("import time; time.sleep(100)\n")
+    (folder / "leaver.py").write_text("import os; os._exit(3)\n")
+    return folder
+
+
+@pytest.fixture
+def open_pool(base_dir):
+    pools = []
+
+    def build(function="act", *, num_workers=1, max_error_rate=1.0, timeout_s=0.3, start_limit_s=60.0):
+        name = function if ":" in function else f"mine.py:{function}"
+        settings = Reward(fn=name, timeout_s=timeout_s, num_workers=num_workers, max_error_rate=max_error_rate)
+        pools.append(RewardPool(settings, base_dir=base_dir, start_limit_s=start_limit_s))
+        return pools[-1]
+
+    yield build
+    for pool in pools:
+        pool.close()
+
+
+def make_items(*completions, columns=None, group_size=1):
+    return [
+        RewardItem(sample_id=f"s{i}", group_id=f"g{i // group_size}", prompt=f"p{i // group_size}", completion=text, columns=columns or {})
+        for i, text in enumerate(completions)
+    ]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, limit_s=5.0) -> bool:
+    end = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_results_have_the_order_of_the_items_whatever_worker_scored_them(open_pool):
+    pool = open_pool("number", num_workers=3)
+    results = pool.score(make_items(*map(str, range(2000))))
+    assert [(result.sample_id, result.reward, result.status) for result in results] == [(f"s{i}", float(i), ok) for i in range(2000)]
+    assert pool.score([]) == []
+
+
+def test_cheap_calls_run_by_the_thousand_per_second(open_pool):
+    pool = open_pool("number", num_workers=2)
+    items = make_items(*map(str, range(4000)))
+    pool.score(items)
+    started = time.monotonic()
+    pool.score(items)
+    assert time.monotonic() - started < 4.0  # 0.5 s on two quiet cores
+
+
+def test_a_worker_starts_without_torch():
+    code = "import sys, rlkit.data.rewards.worker; print('torch' in sys.modules, 'omegaconf' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
+
+
+@pytest.mark.parametrize("hang", ["sleep", "spin", "regex", "stop"])
+def test_a_hanging_sample_is_killed_in_time_and_is_the_only_one_lost(open_pool, hang):
+    pool = open_pool(num_workers=1)
+    started = time.monotonic()
+    results = pool.score(make_items("x", "x", hang, "x", "x"))
+    assert time.monotonic() - started < 3.0
+    assert [result.status for result in results] == [ok, ok, timeout, ok, ok]
+    assert results[2].reward is None
+    assert "no answer within reward.timeout_s=0.3" in results[2].message
+
+
+def test_a_hang_does_not_delay_the_samples_of_other_workers(open_pool):
+    pool = open_pool(num_workers=2, timeout_s=3.0)
+    hanging = pool.submit(make_items("sleep"))
+    started = time.monotonic()
+    assert [result.status for result in pool.score(make_items(*"x" * 50))] == [ok] * 50
+    assert time.monotonic() - started < 2.0
+    assert not hanging.done()
+
+
+def test_the_limit_is_per_call_not_per_message(open_pool, base_dir):
+    (base_dir / "steady.py").write_text("import time\ndef f(completions):\n    time.sleep(0.1)\n    return [1.0]\n")
+    pool = open_pool("steady.py:f", num_workers=1, timeout_s=0.6)
+    assert {result.status for result in pool.score(make_items(*"x" * 12))} == {ok}
+
+
+def test_twenty_hangs_leave_the_pool_at_full_size_without_processes_or_descriptors_left_over(open_pool):
+    pool = open_pool(num_workers=2, timeout_s=0.05)
+    pool.score(make_items("x", "x"))
+    descriptors, threads, first_pids = len(os.listdir("/proc/self/fd")), threading.active_count(), pool.worker_pids
+    pids = set(first_pids)
+    for _ in range(5):
+        results = pool.score(make_items(*["sleep"] * 4, "x"))
+        assert [result.status for result in results] == [timeout] * 4 + [ok]
+        assert wait_until(lambda: len(pool.worker_pids) == 2)
+        pids |= set(pool.worker_pids)
+    alive = {result.reward for result in pool.score(make_items(*["pid"] * 200))}
+    assert alive <= {float(pid) for pid in pool.worker_pids}
+    assert not pids - set(pool.worker_pids) & {pid for pid in pids if is_running(pid)} - set(pool.worker_pids)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert threading.active_count() == threads
+    pool.close()
+    assert not any(map(is_running, pids))
+    assert len(os.listdir("/proc/self/fd")) == descriptors - 2  # one socket per worker
+
+
+def test_a_crash_is_tried_once_more_then_an_error(open_pool, tmp_path):
+    pool = open_pool(num_workers=2)
+    results = pool.score(make_items("x", "exit", "x", f"once {tmp_path}/mark", "segfault", "x"))
+    assert [result.status for result in results] == [ok, error, ok, ok, error, ok]
+    assert results[1].message == "its worker exited with code 7, 2 times"
+    assert results[4].message == "its worker was killed by SIGSEGV, 2 times"
+
+
+def test_a_worker_killed_from_outside_loses_no_sample(open_pool):
+    pool = open_pool(num_workers=1, timeout_s=30.0)
+    future = pool.submit(make_items("x", "sleep", "x"))
+    for _ in range(2):
+        assert wait_until(lambda: pool.worker_pids)
+        [pid] = pool.worker_pids
+        time.sleep(0.5)
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda pid=pid: pid not in pool.worker_pids)
+    first, second, third = future.result(timeout=20)
+    assert (first.status, second.status, third.status) == (ok, error, ok)
+    assert second.message == "its worker was killed by SIGKILL, 2 times"
+
+
+def test_an_idle_worker_killed_from_outside_is_replaced(open_pool):
+    pool = open_pool(num_workers=1)
+    os.kill(pool.worker_pids[0], signal.SIGKILL)
+    assert [result.status for result in pool.score(make_items("x", "x"))] == [ok, ok]
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "message"),
+    [
+        ("raise", error, "ZeroDivisionError: division by zero (mine.py:"),
+        ("sys.exit", error, "SystemExit: bye"),
+        ("return float('nan')", error, "returned nan"),
+        ("return -math.inf", error, "returned -inf"),
+        ("return 10**400", error, "returned an integer that no float holds"),
+        ("return 'yes'", error, "returned a str ('yes'), not a number or None"),
+        ("return [1]", error, "returned a list ([1]), not a number or None"),
+        ("return np.float32('nan')", error, "returned nan"),
+        ("return None", skipped, ""),
+        ("return True", ok, ""),
+        ("return np.float32(1)", ok, ""),
+        ("whole np.ones(1)", ok, ""),
+        ("whole (1,)", ok, ""),
+        ("print", ok, ""),
+    ],
+)
+def test_a_failure_is_an_error_and_never_a_number(open_pool, text, status, message):
+    before, result, after = open_pool().score(make_items("x", text, "x"))
+    assert (before.reward, after.reward) == (1.0, 1.0)
+    assert (result.status, result.reward) == (status, 1.0 if status is ok else None)
+    assert result.message.startswith(message)
+    assert bool(result.message) is bool(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("whole []", "returned a list of 0"),
+        ("whole [1,2]", "returned a list of 2"),
+        ("whole 1.0", "returned a float (1.0)"),
+        ("whole None", "returned a NoneType (None)"),
+        ("whole np.ones((2,1))", "returned a list of 2"),
+        ("whole {'a':1}", "returned a dict"),
+    ],
+)
+def test_a_wrong_shape_breaks_the_contract_and_stops_everything(open_pool, text, found):
+    pool = open_pool()
+    with pytest.raises(DataError) as caught:
+        pool.score(make_items("x", text))
+    assert f"reward.fn=mine.py:act {found}" in str(caught.value)
+    assert "not a list of 1 numbers or None, one per completion (sample s1)" in str(caught.value)
+    with pytest.raises(DataError):
+        pool.score(make_items("x"))
+
+
+def test_async_functions_and_columns(open_pool):
+    results = open_pool("patient").score(make_items("a", "b", columns={"answer": "b", "unused": object()}))
+    assert [result.reward for result in results] == [0.0, 1.0]
+
+
+def test_a_group_wise_function_sees_a_group_per_call(open_pool):
+    pool = open_pool("rank")
+    results = pool.score(make_items("b", "a", "c", "z", "y", "x", columns={"answer": 1}, group_size=3))
+    assert [result.reward for result in results] == [1, 0, 2, 2, 1, 0]
+    with pytest.raises(DataError, match="returned a list of 1, not a list of 3 numbers"):
+        open_pool("one_for_all").score(make_items("a", "b", "c", group_size=3))
+
+
+def test_columns_arrive_as_plain_values(open_pool):
+    pool = open_pool("echo")
+    for sent, arrives in [
+        (np.int64(3), [3]),
+        (np.array([1.5, 2]), [[1.5, 2.0]]),
+        ((1, "é", None, True), [[1, "é", None, True]]),
+        ({"a": {"b": np.bool_(True)}}, [{"a": {"b": True}}]),
+        ("\ud800", ["\ud800"]),
+    ]:
+        [result] = pool.score(make_items(repr(arrives), columns={"x": sent}))
+        assert result.reward == 1.0, sent
+    for value, kind in [(date(2020, 1, 1), "date"), (b"x", "bytes"), ([{1: 2}], "dict")]:
+        with pytest.raises(DataError, match=f"column x of sample s0 holds a {kind}, which cannot be sent"):
+            pool.score(make_items("", columns={"x": value}))
+    with pytest.raises(DataError, match="needs a column x. The columns are y"):
+        pool.score(make_items("", columns={"y": 1}))
+    assert pool.score(make_items("[1]", columns={"x": 1}))[0].reward == 1.0  # a refused item breaks nothing
+
+
+def test_the_first_failure_is_shown_once_with_its_traceback(open_pool, caplog):
+    pool = open_pool(num_workers=1)
+    with caplog.at_level(logging.WARNING, logger="rlkit.data.rewards.pool"):
+        pool.score(make_items("x", "raise", "raise", "exit"))
+    [record] = caplog.records
+    assert "reward.fn=mine.py:act failed on sample s1: ZeroDivisionError: division by zero (mine.py:" in record.getMessage()
+    assert 'case ["raise"]: return 1 / 0' in record.getMessage()
+
+
+def test_too_many_failures_stop_the_run_with_one_sentence(open_pool):
+    pool = open_pool(max_error_rate=0.2, num_workers=1)
+    pool.score(make_items(*["x"] * 150, *["raise"] * 40))  # 40 of the last 200 is exactly the limit
+    with pytest.raises(RewardError) as caught:
+        pool.score(make_items("raise"))
+    message = str(caught.value)
+    assert "reward.fn=mine.py:act: 41 of the last 191 samples failed" in message
+    assert "The first was sample s150: ZeroDivisionError: division by zero (mine.py:" in message
+    assert "reward.max_error_rate=0.2" in message
+    with pytest.raises(RewardError):
+        pool.submit(make_items("x"))
+    assert wait_until(lambda: not pool.worker_pids)
+
+
+def test_old_failures_are_forgotten(open_pool):
+    pool = open_pool(max_error_rate=0.2, num_workers=1)
+    for _ in range(3):
+        pool.score(make_items(*["x"] * 200, *["raise"] * 40))
+
+
+def test_a_small_run_whose_every_reward_fails_stops_early(open_pool):
+    with pytest.raises(RewardError, match="8 of the last 8 samples failed"):
+        open_pool(max_error_rate=0.2, num_workers=1).score(make_items(*["raise"] * 12))
+    with pytest.raises(RewardError, match="1 of the last 1 samples failed"):
+        open_pool(max_error_rate=0.0).score(make_items("raise"))
+
+
+def test_a_pool_where_everything_hangs_ends_in_time(open_pool):
+    started = time.monotonic()
+    with pytest.raises(RewardError, match=r"no answer within reward.timeout_s=0.1"):
+        open_pool(max_error_rate=0.2, num_workers=2, timeout_s=0.1).score(make_items(*["sleep"] * 500))
+    assert time.monotonic() - started < 10.0
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "message"),
+    [
+        ("broken.py:f", ConfigError, "reward.fn=broken.py:f: importing it raised ModuleNotFoundError: No module named 'gone'"),
+        ("mine.py:typo", ConfigError, "there is no function typo. Its functions are act, echo"),
+        ("gone.py:f", ConfigError, "there is no file"),
+        ("leaver.py:f", RewardError, "its worker exited with code 3 while importing it"),
+        ("slow.py:f", RewardError, "importing it took longer than 0.5 s"),
+    ],
+)
+def test_a_function_that_cannot_be_imported_is_refused_at_the_start(open_pool, function, kind, message):
+    before = threading.active_count()
+    with pytest.raises(kind) as caught:
+        open_pool(function, num_workers=2, start_limit_s=0.5 if function == "slow.py:f" else 60.0)
+    assert message in str(caught.value)
+    assert wait_until(lambda: threading.active_count() == before)
+
+
+def test_closing_kills_workers_and_what_they_started_and_ends_waiting_jobs(open_pool):
+    pool = open_pool(num_workers=1, timeout_s=60.0)
+    future = pool.submit(make_items("child"))
+    [pid] = pool.worker_pids
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    assert wait_until(lambda: children.read_text().split())
+    [child] = map(int, children.read_text().split())
+    pool.close()
+    pool.close()
+    assert not is_running(pid)
+    assert wait_until(lambda: not is_running(child))
+    with pytest.raises(RewardError, match="closed before it had scored everything"):
+        future.result(timeout=1)
+    with pytest.raises(RewardError, match="its pool is closed"):
+        pool.score(make_items("x"))
+
+
+def test_workers_die_with_their_owner(base_dir):
+    code = (
+        "import os, signal, sys, time\nfrom pathlib import Path\nfrom rlkit.settings import Reward\n"
+        "from rlkit.data.rewards.pool import RewardItem, RewardPool\n"
+        f"pool = RewardPool(Reward(fn='mine.py:act', num_workers=2), base_dir=Path({str(base_dir)!r}))\n"
+        "item = RewardItem(sample_id='s', group_id='g', prompt='p', completion='spin', columns={})\n"
+        "pool.submit([item]); time.sleep(0.3)\nprint(*pool.worker_pids, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    owner = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    pids = [int(pid) for pid in owner.stdout.split()]
+    assert len(pids) == 2
+    assert wait_until(lambda: not any(map(is_running, pids)))
+
+
+def test_many_threads_may_submit_at_once(open_pool):
+    pool = open_pool("number", num_workers=2)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda n: pool.score(make_items(*[str(n)] * 50)), range(20)))
+    assert [{result.reward for result in results} for results in found] == [{float(n)} for n in range(20)]

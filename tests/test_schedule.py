@@ -1,0 +1,30 @@
+"""What a dry run prints."""
+
+from rlkit.compose import compose
+from rlkit.schedule import schedule
+
+
+def test_the_schedule_counts_prompts_samples_tokens_updates_and_workers():
+    config = compose(
+        [
+            "experiment=grpo_published",
+            "num_steps=10",
+            "prompts_per_step=8",
+            "group_size=4",
+            "optimizer_steps_per_batch=2",
+            "max_prompt_tokens=24",
+            "max_response_tokens=16",
+            "evaluation.every=5",
+        ]
+    )
+    text = schedule(config)
+    assert "8 prompts x 4 responses = 32 samples, at most 24 + 16 tokens each: 1,280 tokens" in text  # 32 * 40
+    assert "2 optimiser steps per batch (2 mini-batches of 4 prompts, 1 epoch)" in text
+    assert "10 steps, 320 samples, 20 optimiser steps; checkpoints at the end" in text
+    assert "256 held-out prompts x 16 samples, before and after, and every 5 steps" in text
+    assert "1 engine (vllm), 1 learner rank, 2 reward processes, 1 reference; cluster=local" in text
+    assert "estimator: k3" in text  # the settings follow as YAML
+
+
+def test_no_reference_where_no_strategy_needs_one():
+    assert "reference;" not in schedule(compose(["evaluation=none"]))
