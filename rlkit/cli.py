@@ -216,7 +216,7 @@ def command_eval(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the run's")
     if (given := _parse(parser, arguments)) is None:
         return 0
-    if given.folder is None or "=" in given.folder:
+    if given.folder is None or ("=" in given.folder and not Path(given.folder).exists()):
         raise ConfigError("rlkit eval needs a folder first: rlkit eval <run folder or checkpoint> key=value ...")
     checkpoint, run_dir = locate(Path(given.folder))
     config = evaluation_config(checkpoint, run_dir, given.overrides)

@@ -31,7 +31,6 @@ from rlkit.errors import ConfigError
 from rlkit.resources import reward_fns_dir
 from rlkit.settings import (
     AdamW,
-    BadRow,  # noqa: F401
     ClusterSettings,
     ComparisonData,
     Data,
@@ -57,7 +56,6 @@ from rlkit.settings import (
     RolloutEngine,
     Sgd,
     SingleTurn,
-    TableData,  # noqa: F401
     Tracking,
     TransformersEngine,
     VllmEngine,

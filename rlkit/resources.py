@@ -26,4 +26,4 @@ def _find(name: str) -> Path:
         if place.is_dir():
             return place
     looked = " and ".join(map(str, places))
-    raise ResourceError(f"{name}/ is missing from this installation of rlkit (looked for {looked}). Reinstall rlkit-llm from its repository.")
+    raise ResourceError(f"{name}/ is missing from this installation of rlkit (looked for {looked}). Reinstall rlkit-llm.")

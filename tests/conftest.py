@@ -80,31 +80,37 @@ def learner():
     return Learner(Rank(index=0, count=1, address=free_local_address()))
 
 
-def make_rollout(index: int, prompt: list[int], response: list[int], *, logprobs: list[float] | None = None) -> Rollout:
-    length = len(response)
-    return Rollout(
-        sample_id=f"sample-{index}",
-        group_id="group",
-        prompt_id="prompt",
-        attempt=0,
-        source="test",
-        prompt_ids=tuple(prompt),
-        response_ids=np.array(response, dtype=np.int64),
-        rollout_logprobs=np.array(logprobs if logprobs is not None else [-1.0] * length, dtype=np.float32),
-        policy_version=np.zeros(length, dtype=np.int64),
-        turn_index=np.zeros(length, dtype=np.int64),
-        origin=np.full(length, Origin.policy, dtype=np.int64),
-        token_rewards=np.zeros(length, dtype=np.float32),
-        text="",
-        finish_reason=FinishReason.stop,
-        reward=0.0,
-        reward_components={},
-        status=RewardStatus.ok,
-    )
+@pytest.fixture(scope="session")
+def make_rollout() -> Callable[..., Rollout]:
+    """A function (index, prompt ids, response ids) -> rollout."""
+
+    def build(index: int, prompt: list[int], response: list[int], *, logprobs: list[float] | None = None) -> Rollout:
+        length = len(response)
+        return Rollout(
+            sample_id=f"sample-{index}",
+            group_id="group",
+            prompt_id="prompt",
+            attempt=0,
+            source="test",
+            prompt_ids=tuple(prompt),
+            response_ids=np.array(response, dtype=np.int64),
+            rollout_logprobs=np.array(logprobs if logprobs is not None else [-1.0] * length, dtype=np.float32),
+            policy_version=np.zeros(length, dtype=np.int64),
+            turn_index=np.zeros(length, dtype=np.int64),
+            origin=np.full(length, Origin.policy, dtype=np.int64),
+            token_rewards=np.zeros(length, dtype=np.float32),
+            text="",
+            finish_reason=FinishReason.stop,
+            reward=0.0,
+            reward_components={},
+            status=RewardStatus.ok,
+        )
+
+    return build
 
 
-@pytest.fixture
-def make_batch() -> Callable[..., TrainBatch]:
+@pytest.fixture(scope="session")
+def make_batch(make_rollout) -> Callable[..., TrainBatch]:
     """A function (seed, rows) -> batch of ragged rows over the random model's vocabulary, with random advantages."""
 
     def build(seed: int = 0, rows: int = 6) -> TrainBatch:

@@ -6,8 +6,8 @@ from dataclasses import fields
 import pytest
 
 from rlkit.choices import as_text, describe
-from rlkit.compose import options
 from rlkit.config import CHOICES, RunConfig
+from rlkit.overrides import options
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,11 @@ def test_a_setting_has_type_default_and_the_comment_beside_it(described: dict):
 
 
 def test_a_preset_says_what_it_sets(described: dict):
-    assert described["groups"]["data"]["gsm8k_jsonl"]["sets"] == {"data": "jsonl", "data.prompt_column": "question", "data.chat": True}
+    assert described["groups"]["data"]["gsm8k_jsonl"]["sets"] == {
+        "data": "jsonl",
+        "data.prompt_column": "question",
+        "data.chat": True,
+    }
     published = described["groups"]["experiment"]["grpo_published"]["sets"]
     assert published["divergence"] == "reverse_kl"
     assert published["divergence.coef"] == 0.04

@@ -67,8 +67,17 @@ def test_a_replaced_choice_takes_its_settings_with_it_and_leaves_those_of_every_
     assert config.optimizer == Sgd(learning_rate=published.optimizer.learning_rate)  # which every optimiser has
 
 
+def test_what_a_preset_sets_holds_against_what_came_before_it(in_folder: Path):
+    config = compose([])
+    files.write_settings(in_folder, config, plain_settings(config) | {"model": {"path": "elsewhere", "dtype": "float32"}})
+    replaced = compose(["model=smollm2_135m"], stored=read_stored(in_folder)).model
+    assert (replaced.path, replaced.dtype) == ("smollm2_135m", Dtype.bfloat16)
+
+
 def test_values_are_taken_as_they_are_written():
-    config = compose(["experiment_name=007", "evaluation.ks=[2,1]", "model.dtype=bfloat16", "cluster.num_cpus=null", "rollout.temperature=2"])
+    config = compose(
+        ["experiment_name=007", "evaluation.ks=[2,1]", "model.dtype=bfloat16", "cluster.num_cpus=null", "rollout.temperature=2"]
+    )
     assert config.experiment_name == "007"
     assert config.evaluation.ks == [2, 1]  # pyright: ignore[reportAttributeAccessIssue]
     assert config.model.dtype is Dtype.bfloat16
@@ -91,7 +100,7 @@ def test_tables_take_new_keys(own: list[str]):
         ("learning_rate=1", "learning_rate: no such setting. Did you mean optimizer.learning_rate?"),
         ("divergance=none", "divergance: no such setting. Did you mean divergence?"),
         ("learner.num_rank=2", "learner.num_rank: no such setting. Did you mean learner.num_ranks?"),
-        ("learner.temperature=2", "learner.temperature: no such setting. Did you mean rollout.temperature? learner=fsdp has num_ranks, "),
+        ("learner.temperature=2", "learner.temperature: no such setting. Did you mean rollout.temperature? learner=fsdp has "),
         ("num_steps.x=2", "num_steps.x: no such setting. num_steps is a whole number."),
         ("xyzzy=2", "xyzzy: no such setting. `rlkit choices` lists them."),
         ("num_steps=ten", "num_steps=ten: not a whole number. Write num_steps=100."),
@@ -106,13 +115,16 @@ def test_tables_take_new_keys(own: list[str]):
         ("cluster.num_cpus=all", "cluster.num_cpus=all: not a whole number or null. Write cluster.num_cpus=null."),
         ("experiment=grpoo", "experiment=grpoo: no such choice. Did you mean grpo? Choices: grpo, "),
         ("divergence=null", "divergence=null: no such choice. Choices: none, reverse_kl."),
-        ("divergence.coef=0.1", "divergence.coef: divergence=none has no settings. Write divergence=reverse_kl divergence.coef=0.1, or leave"),
-        ("data.path=x", "data.path: data=expressions has held_out_fraction, on_bad_row. Write data=jsonl data.path=x, or leave data.path out."),
+        (
+            "divergence.coef=0.1",
+            "divergence.coef: divergence=none has no settings. Write divergence=reverse_kl divergence.coef=0.1, or",
+        ),
+        ("data.path=x", "data.path: data=expressions has held_out_fraction, on_bad_row. Write data=jsonl data.path=x, or leave"),
         ("--seed=1", "--seed=1: settings are written without dashes. Write seed=1."),
         ("seed", "seed: not a setting. Write key=value, such as seed=1."),
         ("~seed", "~seed: a setting cannot be removed."),
         ("seed=1,2", "seed=1,2: several values. Write -m to train one run for each."),
-        ("experiment_name='a", "experiment_name='a: cannot be read (token recognition error at: ''a'). Put quotes around the value"),
+        ("experiment_name='a", "experiment_name='a: cannot be read (token recognition error at: ''a'). Put quotes "),
         ("hydra.run.dir=x", "hydra.run.dir=x: Hydra only composes the settings here. run_dir names the run's folder."),
         ("divergence@x=none", "divergence@x=none: there are no packages here. Write divergence=none."),
     ],
@@ -181,8 +193,8 @@ def test_a_setting_that_only_some_runs_have_is_refused_with_two_commands():
 def test_every_run_of_a_sweep_is_checked_before_one_starts():
     assert refused("group_size=1,2", "seed=1,2", "num_step=3", sweep=True).splitlines()[1:] == [
         "  num_step: no such setting. Did you mean num_steps?",  # once, though wrong in all four
-        "  group_size=1: advantage=grpo compares the responses to one prompt with each other, and one response has an advantage of 0. "
-        "Write 2 or more; 8 or 16 is usual. (In run group_size=1,seed=1 and 1 more.)",
+        "  group_size=1: advantage=grpo compares the responses to one prompt with each other, and one response has an advantage "
+        "of 0. Write 2 or more; 8 or 16 is usual. (In run group_size=1,seed=1 and 1 more.)",
     ]
     assert "divergence=reverse_k: no such choice." in refused("divergence=none,reverse_k", sweep=True)
     message = refused("cluster=local,inprocess", "rollout=transformers", sweep=True)
@@ -212,6 +224,6 @@ def test_a_stored_setting_that_is_unknown_here_is_an_error(in_folder: Path):
     files.write_settings(in_folder, config, plain_settings(config))
     choices = yaml.safe_load((in_folder / "choices.yaml").read_text()) | {"objective": "mine.py:Mine"}
     (in_folder / "choices.yaml").write_text(yaml.safe_dump(choices))
-    with pytest.raises(ConfigError, match=r"objective=mine.py:Mine: the stored run's choice is unknown here. Write objective= and one of"):
+    with pytest.raises(ConfigError, match=r"objective=mine.py:Mine: the stored run's choice is unknown here. Write objective="):
         compose([], stored=read_stored(in_folder))
     assert compose(["objective=clipped"], stored=read_stored(in_folder)).objective == config.objective

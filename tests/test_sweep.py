@@ -51,7 +51,10 @@ def test_all_runs_share_one_cluster_and_end_in_one_table(arms: list[Arm]):
     assert train.seeds == [1, 2, 3]
     assert len({id(cluster) for cluster in train.clusters}) == 1
     assert shown[0] == "run 1 of 3: seed=1"
-    assert [line.split()[:2] for line in shown[-1].splitlines()] == [["run", "outcome"], *([f"seed={s}", "done"] for s in (1, 2, 3))]
+    assert [line.split()[:2] for line in shown[-1].splitlines()] == [
+        ["run", "outcome"],
+        *([f"seed={s}", "done"] for s in (1, 2, 3)),
+    ]
     assert "reward 0.250 -> 0.500, pass@1 0.250 -> 0.500" in shown[-1]
     assert [outcome["run_dir"] for outcome in outcomes()] == ["sweep/seed=1", "sweep/seed=2", "sweep/seed=3"]
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from rlkit.core.ratios import ratio
+from rlkit.core.ratios import MAX_LOG_RATIO, ratio
 from rlkit.errors import ConfigError
 
 
@@ -141,7 +142,7 @@ class FDivergence(Divergence):
             k3           l - 1 + exp(-l)                     KL(ref || policy)'s, on-policy only             unbiased on-policy
             exact        exact_values                        D's without sampling noise, whatever sampled    exact
 
-        In k3_weighted the gradient flows through rho as well; with rho detached it would be k3's. Source: Schulman,
+        In k3_weighted the gradient is that of the product, rho included; with rho detached it would be k3's. Source: Schulman,
         "Approximating KL Divergence" (2020) for the values; Tang and Munos, arXiv:2506.09477, for the gradients.
         """
         if self.estimator is Estimator.exact:
@@ -158,7 +159,11 @@ class FDivergence(Divergence):
             case Estimator.k2:
                 loss = log_ratio.square() / 2
             case Estimator.k3_weighted:
-                loss = ratio(logprobs - behaviour_logprobs) * self.value(log_ratio)
+                # d(rho * f(u)/u) = rho * f'(u) exactly: the gradient of `score`. Written apart, because autograd through the
+                # clamped exponentials is wrong by orders of magnitude for a token the reference all but excludes.
+                value = ratio(logprobs - behaviour_logprobs) * self.value(log_ratio)
+                score = score_surrogate(self, logprobs=logprobs, behaviour_logprobs=behaviour_logprobs, ref_logprobs=ref_logprobs)
+                loss = value.detach() + score - score.detach()
             case Estimator.k3:
                 loss = self.value(log_ratio)
         return loss
@@ -182,7 +187,8 @@ class ReverseKL(FDivergence):
 
     def value(self, log_ratio: Tensor) -> Tensor:
         """f(u) / u, known as k3: at least 0, unbiased for D under tokens the policy sampled."""
-        return log_ratio - 1 + ratio(-log_ratio)
+        log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # both terms, or k3's gradient would change sign beyond it
+        return log_ratio - 1 + torch.exp(-log_ratio)
 
     def slope(self, log_ratio: Tensor) -> Tensor:
         """f'(u) = log u, known as k1."""

@@ -8,7 +8,7 @@ of distinct right answers say something. A problem is (the digits in any order, 
 from functools import cache
 from hashlib import sha256
 from itertools import permutations, product
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 
@@ -20,6 +20,15 @@ DIGITS = "123456789"
 OPERATORS = "+-*"
 MAX_TARGET = 99  # targets are 0..MAX_TARGET
 HELD_OUT_PERCENT = 10
+
+
+class Row(TypedDict):
+    """A problem as the data layer reads it."""
+
+    id: str
+    prompt: str
+    digits: str  # as the prompt shows them, without spaces
+    target: int
 
 
 def evaluate(text: str) -> int | None:
@@ -77,12 +86,12 @@ def prompt_text(digits: str, target: int) -> str:
     return f"{' '.join(digits)} = {target}:"
 
 
-def row(digits: str, target: int) -> dict[str, str | int]:
+def row(digits: str, target: int) -> Row:
     """The data layer's row for a problem. The id names the prompt, so equal prompts have equal ids."""
     return {"id": f"{digits}={target}", "prompt": prompt_text(digits, target), "digits": digits, "target": target}
 
 
-def example(seed: int, index: int, split: Split = "train") -> tuple[dict[str, str | int], str]:
+def example(seed: int, index: int, split: Split = "train") -> tuple[Row, str]:
     """Number `index` of the endless stream of `split` named by `seed`: a row and one right answer to it.
 
     The answer is a uniformly random expression and the target its value, among those whose value is in range and whose
@@ -102,7 +111,7 @@ def example(seed: int, index: int, split: Split = "train") -> tuple[dict[str, st
             return row(digits, target), answer
 
 
-def rows(split: Split, size: int, seed: int = 0) -> list[dict[str, str | int]]:
+def rows(split: Split, size: int, seed: int = 0) -> list[Row]:
     """`size` distinct prompts of `split`, in the order in which a stream like `example` would first show them.
 
     Any two seeds give all prompts of the split in two orders; the prompts with many right answers tend to come early.

@@ -146,6 +146,7 @@ def test_garbage_in_masked_cells_changes_neither_loss_nor_gradient(ragged, estim
         fields = {n: x.detach().masked_fill(~mask, garbage if poisoned in (n, None) else 0.0) for n, x in names.items()}
         fields["logprobs"].requires_grad_()
         loss = ReverseKL(estimator=estimator).loss(**fields, response_mask=mask, exact_values=None)
+        assert loss[~mask].eq(0).all()
         value = reduce(loss, mask, aggregation=Aggregation.token_mean, denominators=denominators)
         return value, torch.autograd.grad(value, fields["logprobs"])[0]
 
@@ -303,3 +304,19 @@ def test_a_negative_coefficient_is_refused_by_name():
 def test_off_has_no_settings():
     with pytest.raises(TypeError):
         NoDivergence(coef=1.0)  # type: ignore[call-arg]
+
+
+def test_a_token_that_the_reference_all_but_excludes_keeps_the_right_gradient():
+    """Past the clamp on exponents the ratio-weighted k3 still pushes with rho * l, and k3 does not change its sign."""
+    for log_ratio in (-19.0, -21.0, -60.0, 21.0, 60.0):
+        gradients = {}
+        for estimator in (Estimator.score, Estimator.k3_weighted, Estimator.k3):
+            logprobs = torch.tensor([[-70.0]], dtype=torch.float64, requires_grad=True)
+            ref = logprobs.detach() - log_ratio
+            mask = torch.ones(1, 1, dtype=torch.bool)
+            loss = ReverseKL(estimator=estimator).loss(
+                logprobs=logprobs, behaviour_logprobs=logprobs.detach(), ref_logprobs=ref, response_mask=mask
+            )
+            gradients[estimator] = float(torch.autograd.grad(loss.sum(), logprobs)[0])
+        assert gradients[Estimator.k3_weighted] == gradients[Estimator.score] == pytest.approx(log_ratio)
+        assert gradients[Estimator.k3] * log_ratio >= 0

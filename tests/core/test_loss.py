@@ -162,7 +162,9 @@ def test_garbage_in_masked_cells_of_the_weights_stays_there(f1):
         def __call__(self, *, old_logprobs, rollout_logprobs, response_mask):
             return Weights(weight=(old_logprobs - rollout_logprobs).exp().clamp(max=2.0), keep=response_mask)  # NaN off the mask
 
-    losses = [total(build(replace(PLAIN, correction=correction), f1).terms) for correction in (Dirty(), Truncated())]
+    dirty, clean = (build(replace(PLAIN, correction=correction), f1).terms for correction in (Dirty(), Truncated()))
+    assert dirty[0].loss.isfinite().all()
+    losses = [total(dirty), total(clean)]
     assert losses[0].item() == losses[1].item()
     assert torch.equal(*(torch.autograd.grad(loss, f1.logprobs)[0] for loss in losses))
 

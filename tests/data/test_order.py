@@ -34,5 +34,5 @@ def test_a_batch_may_be_larger_than_the_data():
 
 
 def test_no_prompts_is_an_error():
-    with pytest.raises(DataError, match="num_prompts=0"):
+    with pytest.raises(DataError, match=r"num_prompts=0"):
         PromptOrder(0, seed=0)

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -6,7 +7,16 @@ from transformers import PreTrainedTokenizerFast
 
 from rlkit.data.prompts import load_prompts
 from rlkit.errors import ConfigError, DataError
-from rlkit.settings import BadRow, ComparisonData, ExpressionsData, HuggingFaceData, JsonlData, ParquetData, ReasoningGymData
+from rlkit.settings import (
+    BadRow,
+    ComparisonData,
+    ExpressionsData,
+    HuggingFaceData,
+    JsonlData,
+    ParquetData,
+    ReasoningGymData,
+    TableData,
+)
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -45,7 +55,7 @@ def load(settings, tokenizer, max_prompt_tokens=100, reward_columns=()):
     return load_prompts(settings, tokenizer, max_prompt_tokens=max_prompt_tokens, reward_columns=reward_columns)
 
 
-def table(path, cls=JsonlData, **settings):
+def table(path, cls: Callable[..., TableData] = JsonlData, **settings):
     return cls(path=path, **{"held_out_fraction": 0.0, **settings})
 
 
@@ -77,7 +87,7 @@ def test_chat_goes_through_the_template_which_brings_its_own_special_tokens(writ
 
 @pytest.mark.parametrize("row", [{"prompt": "Hi"}, {"prompt": [{"role": "user", "content": "Hi"}]}])
 def test_chat_without_a_template_is_refused(write, tokenizer, row):
-    with pytest.raises(ConfigError, match="no chat template. Write data.chat=false"):
+    with pytest.raises(ConfigError, match=r"no chat template. Write data.chat=false"):
         load(table(write(row), chat=isinstance(row["prompt"], str)), tokenizer)
 
 
@@ -168,9 +178,7 @@ def test_a_row_stays_in_its_split_when_others_come_and_go(write, tokenizer):
 
 def test_the_first_held_out_rows_are_a_sample_that_the_order_of_the_file_does_not_change(write, tokenizer):
     rows = [{"prompt": f"question {i}", "id": i} for i in range(400)]
-    found = [
-        load(table(write(*some), id_column="id", held_out_fraction=0.2), tokenizer).held_out for some in (rows, rows[::-1])
-    ]
+    found = [load(table(write(*some), id_column="id", held_out_fraction=0.2), tokenizer).held_out for some in (rows, rows[::-1])]
     assert [prompt.id for prompt in found[0]] == [prompt.id for prompt in found[1]]
     first = [int(prompt.id) for prompt in found[0][:20]]
     assert 100 < sum(first) / 20 < 300  # from everywhere in the file
@@ -206,7 +214,9 @@ def test_parquet_is_read_and_a_bad_string_is_named(tmp_path, tokenizer):
     pq.write_table(pa.table({"prompt": ["a", "b"], "answer": [1, None]}), path)
     first, second = load(table(path, ParquetData), tokenizer, reward_columns=["answer"]).train
     assert (first.columns["answer"], second.columns["answer"]) == (1, None)  # a reward function may say None to None
-    broken = pa.StringArray.from_buffers(2, pa.py_buffer(b"\x00\x00\x00\x00\x01\x00\x00\x00\x02\x00\x00\x00"), pa.py_buffer(b"a\xff"))
+    broken = pa.StringArray.from_buffers(
+        2, pa.py_buffer(b"\x00\x00\x00\x00\x01\x00\x00\x00\x02\x00\x00\x00"), pa.py_buffer(b"a\xff")
+    )
     pq.write_table(pa.table({"prompt": broken}), path)
     assert "row 2 is not UTF-8" in refused(table(path, ParquetData), tokenizer)
     (tmp_path / "rows.parquet").write_text("no")
@@ -233,24 +243,28 @@ def test_hugging_face_folders_are_read_by_split(tmp_path, tokenizer):
 
 def test_reasoning_gym_tasks_are_distinct_questions(chat_tokenizer):
     pytest.importorskip("reasoning_gym")
-    settings = ReasoningGymData(task="chain_sum", size=300, options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
+    settings = ReasoningGymData(
+        task="chain_sum", size=300, options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    )
     found = load(settings, chat_tokenizer, max_prompt_tokens=500, reward_columns=["answer", "metadata"])
     texts = [prompt.text for prompt in found.train + found.held_out]
     assert 100 < len(texts) < 300  # 1-digit sums repeat
     assert len(set(texts)) == len(texts)
     assert texts[0].startswith("<user>")
-    with pytest.raises(ConfigError, match="no such task. Choose one of .*chain_sum"):
+    with pytest.raises(ConfigError, match=r"no such task. Choose one of .*chain_sum"):
         load(ReasoningGymData(task="chain_sums"), chat_tokenizer)
-    with pytest.raises(ConfigError, match="data.options=.*mini_terms"):
+    with pytest.raises(ConfigError, match=r"data.options=.*mini_terms"):
         load(ReasoningGymData(task="chain_sum", options={"mini_terms": 2}), chat_tokenizer)
 
 
 def test_the_built_in_tasks_hold_out_problems_by_their_own_rules(chat_tokenizer):
     found = load(ExpressionsData(), chat_tokenizer, reward_columns=["digits", "target"])
-    problems = [{("".join(sorted(p.columns["digits"])), p.columns["target"]) for p in part} for part in (found.train, found.held_out)]
+    problems = [
+        {("".join(sorted(p.columns["digits"])), p.columns["target"]) for p in part} for part in (found.train, found.held_out)
+    ]
     assert not problems[0] & problems[1]
     assert min(len(found.train), len(found.held_out) * 5) > 2000
-    with pytest.raises(ConfigError, match="data.held_out_fraction=0.2: the expressions task always holds out 0.1"):
+    with pytest.raises(ConfigError, match=r"data.held_out_fraction=0.2: the expressions task always holds out 0.1"):
         load(ExpressionsData(held_out_fraction=0.2), chat_tokenizer)
     found = load(ComparisonData(), chat_tokenizer, max_prompt_tokens=200, reward_columns=["answer"])
     assert len(found.train) + len(found.held_out) == 90 * 89

@@ -64,10 +64,9 @@ def convert(gguf: Path, out_dir: Path) -> None:
         dtype=torch.bfloat16,
     )
     # What is left of the quantiser would be saved, and looked for when the folder is loaded.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
+    vars(model.config).pop("quantization_config", None)
+    for name in ("hf_quantizer", "is_quantized"):
+        vars(model).pop(name, None)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config = GenerationConfig(
         do_sample=True,

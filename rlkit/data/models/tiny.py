@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from rlkit.data import expressions
 from rlkit.errors import DataError
@@ -54,6 +56,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The ids of BOS, EOS and PAD under the names that transformers' configurations give them."""
+    names = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+
+
 def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """Heads of 32, which vLLM's attention takes on CPUs and GPUs alike."""
     return LlamaConfig(
@@ -66,9 +74,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         head_dim=32,
         max_position_embeddings=128,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special_ids(tokenizer),
         dtype="float32",
     )
 
@@ -88,13 +94,11 @@ def build(out_dir: str | Path, seed: int = 0, *, steps: int = STEPS, num_threads
         tokenizer = make_tokenizer()
         model = LlamaForCausalLM(make_config(tokenizer))
         _train(model, tokenizer, seed, steps, Path(work, "trainer"))
-        model.to(torch.bfloat16)
+        model.bfloat16()
         model.config.use_cache = True  # the trainer switches it off and would save that
         model.generation_config = GenerationConfig(
             do_sample=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **special_ids(tokenizer),
         )
         whole = Path(work, "model")
         model.save_pretrained(whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import struct
 from typing import Any
@@ -17,9 +18,10 @@ class Channel:
         self._connection = connection
         self._buffer = bytearray()
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any], timeout_s: float | None = None) -> None:
         """Raises OSError when the other end is gone, TimeoutError when it does not read."""
         payload = json.dumps(message).encode("ascii")
+        self._connection.settimeout(timeout_s)
         self._connection.sendall(HEADER.pack(len(payload)) + payload)
 
     def receive(self, timeout_s: float | None = None) -> dict[str, Any] | None:
@@ -37,6 +39,10 @@ class Channel:
                 return None
             self._buffer += chunk
         return message
+
+    def has_input(self) -> bool:
+        """Whether something has arrived that `receive` has not returned."""
+        return bool(self._buffer) or bool(select.select([self._connection], [], [], 0)[0])
 
     def _pop(self) -> dict[str, Any] | None:
         if len(self._buffer) < HEADER.size:

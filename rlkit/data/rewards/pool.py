@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 START_LIMIT_S = 60.0  # to start Python and import the function
 ERROR_WINDOW = 200  # samples over which `reward.max_error_rate` is judged
 MIN_ALL_FAILED = 8  # a function that failed on all of its first samples is not waited for any longer
-MAX_ATTEMPTS = 2  # of a call whose worker died
+MAX_ATTEMPTS = 2  # at a call, and at replacing a worker, when the worker dies of it
 CHUNK_S = 0.05  # work sent in one message: enough to hide its cost, little enough to share out evenly
 MAX_CHUNK = 256
 
@@ -177,12 +177,20 @@ class RewardPool:
 
     def _serve(self, slot: int) -> None:
         """A thread: keeps one worker alive and feeds it until the pool closes or fails."""
+        num_failed_starts = 0
         try:
             while (worker := self._start(slot)) is not None:
                 try:
                     self._welcome(worker.wait_until_ready())
+                    num_failed_starts = 0
                     while (calls := self._take()) and self._run(worker, calls):
                         pass
+                except WorkerDied as death:  # while it started; `_run` catches the others
+                    num_failed_starts += 1
+                    if self._signature is None or num_failed_starts == MAX_ATTEMPTS:
+                        raise RewardError(
+                            f"reward.fn={self._settings.fn}: its worker {death} while importing it. See what it printed before."
+                        ) from None
                 finally:
                     with self._changed:
                         del self._workers[slot]
@@ -224,32 +232,37 @@ class RewardPool:
     def _run(self, worker: WorkerProcess, calls: list[_Call]) -> bool:
         """Whether the worker can take more. What it did not answer is finished or queued again."""
         num_answered, started = 0, time.monotonic()
+
+        def recall(first: int) -> None:
+            self._put_back(calls[first:])
+            del calls[first:]
+
         try:
-            for answer in worker.run([call.message for call in calls], limit_s=self._settings.timeout_s):
+            for answer in worker.run([call.message for call in calls], limit_s=self._settings.timeout_s, recall=recall):
                 self._finish(calls[num_answered], answer)
                 num_answered += 1
-        except WorkerHung:
+        except (WorkerHung, WorkerDied) as failure:
             worker.kill()
             self._put_back(calls[num_answered + 1 :])
-            summary = f"no answer within reward.timeout_s={self._settings.timeout_s:g}; its worker was killed"
-            self._finish(calls[num_answered], {"timeout": {"summary": summary, "traceback": ""}})
-            return False
-        except WorkerDied as death:
-            self._blame(calls[num_answered], death)
-            self._put_back(calls[num_answered + 1 :])
+            if num_answered < len(calls):  # else it was busy with a call that another worker has by now
+                self._blame(calls[num_answered], failure)
             return False
         finally:
             self._call_s = 0.5 * (self._call_s + (time.monotonic() - started) / len(calls))
         return True
 
-    def _blame(self, call: _Call, death: WorkerDied) -> None:
-        """One more attempt for the call a worker died in: the cause may have come from outside."""
+    def _blame(self, call: _Call, failure: WorkerHung | WorkerDied) -> None:
+        """The call a worker hung in is lost. One it died in is tried once more: the cause may have come from outside."""
+        if isinstance(failure, WorkerHung):
+            summary = f"no answer within reward.timeout_s={self._settings.timeout_s:g}; its worker was killed"
+            self._finish(call, {"timeout": {"summary": summary, "traceback": ""}})
+            return
         call.num_attempts += 1
         if call.num_attempts < MAX_ATTEMPTS:
-            logger.info("A reward worker %s in sample %s; trying it once more.", death, call.sample_ids[0])
+            logger.info("A reward worker %s in sample %s; trying it once more.", failure, call.sample_ids[0])
             self._put_back([call])
         else:
-            self._finish(call, {"error": {"summary": f"its worker {death}, {MAX_ATTEMPTS} times", "traceback": ""}})
+            self._finish(call, {"error": {"summary": f"its worker {failure}, {MAX_ATTEMPTS} times", "traceback": ""}})
 
     def _put_back(self, calls: list[_Call]) -> None:
         with self._changed:
@@ -269,10 +282,11 @@ class RewardPool:
                 call.job.results[position] = result
                 self._count(result, details)
             call.job.num_left -= len(results)
-            is_done = call.job.num_left == 0 and call.job in self._jobs  # not when the pool failed or was closed meanwhile
+            failure = self._judge()
+            # A failure, this or an earlier one, ends the job in `_fail`, and `close` ends it too.
+            is_done = failure is None and call.job.num_left == 0 and call.job in self._jobs
             if is_done:
                 self._jobs.remove(call.job)
-            failure = self._judge()
         if failure is not None:
             self._fail(failure)
         if is_done:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rlkit.data.rewards.functions import RewardSignature
 from rlkit.data.rewards.messages import Channel
 from rlkit.errors import ConfigError, RewardError
 
-POLL_S = 0.5  # how often a silent worker is checked for being alive; its death normally closes the channel at once
+POLL_S = 0.25  # how often a silent worker is looked after: is it alive, does other work wait behind a slow call
 
 
 class WorkerHung(Exception):
@@ -59,16 +59,16 @@ class WorkerProcess:
         return self._process.pid
 
     def wait_until_ready(self) -> RewardSignature:
-        """Raises ConfigError when the function cannot be imported, RewardError when that takes too long."""
+        """Raises ConfigError when the function cannot be imported, RewardError when that takes too long, and WorkerDied."""
         try:
-            hello = self._receive(time.monotonic() + self._start_limit_s)
+            deadline, hello = time.monotonic() + self._start_limit_s, None
+            while hello is None:
+                hello = self._poll(deadline)
         except WorkerHung:
             raise RewardError(
                 f"reward.fn={self._name}: importing it took longer than {self._start_limit_s:g} s. "
                 f"Move slow work out of its top level."
             ) from None
-        except WorkerDied as death:
-            raise RewardError(f"reward.fn={self._name}: its worker {death} while importing it. See its output above.") from None
         if "config_error" in hello:
             raise ConfigError(hello["config_error"])
         if "import_error" in hello:
@@ -81,27 +81,32 @@ class WorkerProcess:
         }
         return RewardSignature(**fields)
 
-    def run(self, calls: list[dict[str, Any]], *, limit_s: float) -> Iterator[dict[str, Any]]:
+    def run(self, calls: list[dict[str, Any]], *, limit_s: float, recall: Callable[[int], None]) -> Iterator[dict[str, Any]]:
         """Yields the answer to each call, in order. Raises WorkerHung or WorkerDied at the first that has none.
 
-        The limit counts from the moment the worker says it begins a call.
+        The limit counts from the moment the worker says it begins a call. When a call is slow, those from `recall`'s
+        argument on are taken back from this worker, so that another one can have them; their answers are not yielded.
         """
         deadline = time.monotonic() + self._start_limit_s
-        try:
-            self._channel.send({"calls": calls})
-        except TimeoutError:
-            raise WorkerHung from None
-        except OSError:
-            raise WorkerDied(self._how_it_ended()) from None
-        answered = 0
-        while answered < len(calls):
-            message = self._receive(deadline)
-            if "begin" in message:
+        self._send({"calls": calls})
+        num_answered, num_wanted = 0, len(calls)
+        recalled = True  # the worker knows which calls are wanted
+        while num_answered < num_wanted or not recalled:
+            message = self._poll(deadline)
+            if message is None:
+                if num_answered + 1 < num_wanted:
+                    num_wanted, recalled = num_answered + 1, False
+                    self._send({"recall": True})
+                    recall(num_wanted)
+            elif "recalled" in message:
+                recalled = True
+            elif "begin" in message:
                 deadline = time.monotonic() + limit_s
             else:
                 deadline = time.monotonic() + self._start_limit_s
-                answered += 1
-                yield message
+                if num_answered < num_wanted:
+                    num_answered += 1
+                    yield message
 
     def kill(self) -> None:
         """Ends the process group. Safe from any thread, any number of times; `reap` must follow on the owner's."""
@@ -118,21 +123,29 @@ class WorkerProcess:
         self._channel.close()
         return returncode
 
-    def _receive(self, deadline: float) -> dict[str, Any]:
-        while True:
-            remaining = deadline - time.monotonic()
-            try:
-                # At least one look at the socket: an answer that waits there was in time, even if we come late.
-                message = self._channel.receive(timeout_s=min(max(remaining, 0.001), POLL_S))
-            except TimeoutError:
-                if remaining <= 0:
-                    raise WorkerHung from None
-                if self._has_ended():  # and a program it started holds the channel open
-                    raise WorkerDied(self._how_it_ended()) from None
-                continue
-            if message is None:
-                raise WorkerDied(self._how_it_ended())
-            return message
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self._channel.send(message, timeout_s=self._start_limit_s)
+        except TimeoutError:
+            raise WorkerHung from None
+        except OSError:
+            raise WorkerDied(self._how_it_ended()) from None
+
+    def _poll(self, deadline: float) -> dict[str, Any] | None:
+        """The next message, or None after POLL_S without one. Raises WorkerHung past the deadline, and WorkerDied."""
+        remaining = deadline - time.monotonic()
+        try:
+            # At least one look at the socket: an answer that waits there was in time, even if we come late.
+            message = self._channel.receive(timeout_s=min(max(remaining, 0.001), POLL_S))
+        except TimeoutError:
+            if remaining <= 0:
+                raise WorkerHung from None
+            if self._has_ended():  # and a program it started holds the channel open
+                raise WorkerDied(self._how_it_ended()) from None
+            return None
+        if message is None:
+            raise WorkerDied(self._how_it_ended())
+        return message
 
     def _has_ended(self) -> bool:
         # WNOWAIT leaves the zombie, so the process number stays ours until `reap`.

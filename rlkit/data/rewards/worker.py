@@ -43,9 +43,14 @@ def main(arguments: list[str]) -> None:
     channel.send({"signature": asdict(signature)})
     with asyncio.Runner() as runner:  # one event loop, so that an async function may keep its connections
         while (message := channel.receive()) is not None:
+            if "recall" in message:
+                channel.send({"recalled": True})
+                continue
             for index, call in enumerate(message["calls"]):
                 channel.send({"begin": index})
                 channel.send({"end": index, **_answer(function, signature, call, runner)})
+                if channel.has_input():  # a recall, or the end: the rest is wanted no more
+                    break
 
 
 def _die_with(parent_pid: int) -> None:

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rlkit.data import expressions
 from rlkit.data.models import tiny
@@ -13,7 +13,7 @@ from rlkit.errors import DataError
 def pass_at_k(folder, *, num_prompts: int, group_size: int) -> tuple[float, float]:
     """(pass@1, pass@group_size) on held-out prompts at temperature 1."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = expressions.rows("held_out", num_prompts)
     inputs = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
     with torch.random.fork_rng():
@@ -80,7 +80,7 @@ def test_the_tokenizer_round_trips_every_prompt_and_answer():
 
 def test_building_twice_gives_the_same_bytes_and_leaves_the_callers_generators_alone(tmp_path):
     def generators():
-        legacy = np.random.get_state()[1].tolist()  # noqa: NPY002  what the trainer seeds
+        legacy = str(np.random.get_state())  # noqa: NPY002  what the trainer seeds
         return [random.getstate(), torch.get_rng_state().tolist(), legacy, torch.get_num_threads()]
 
     before = generators()
@@ -98,6 +98,7 @@ def test_an_existing_folder_is_not_overwritten(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_rebuild_is_as_good_as_the_shipped_model(tmp_path):
     """Not its bytes: another kind of processor rounds otherwise."""
     folder = tiny.build(tmp_path / "tiny")

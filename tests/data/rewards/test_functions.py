@@ -14,7 +14,7 @@ def test_a_bare_name_is_a_shipped_function(tmp_path):
     with pytest.raises(ConfigError, match=r"reward.fn=exact: reward_fns/ has exact_match, .*numeric_match.* or file.py:function"):
         locate("exact", tmp_path)
     for name in ("my_rewards.py", "../exact_match", ""):
-        with pytest.raises(ConfigError, match="Write one of these, or file.py:function"):
+        with pytest.raises(ConfigError, match=r"Write one of these, or file.py:function"):
             locate(name, tmp_path)
 
 
@@ -22,12 +22,12 @@ def test_a_missing_file_or_function_is_answered_with_those_that_exist(tmp_path):
     (tmp_path / "mine.py").write_text("from math import sqrt\ndef good(completions): ...\ndef other(completions): ...\n")
     with pytest.raises(ConfigError, match=rf"there is no file {tmp_path}/my.py. Python files in {tmp_path}: mine.py"):
         locate("my.py:good", tmp_path)
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(ConfigError, match=r"no such folder"):
         locate("gone/my.py:good", tmp_path)
-    with pytest.raises(ConfigError, match="there is no function godo. Its functions are good, other"):
+    with pytest.raises(ConfigError, match=r"there is no function godo. Its functions are good, other"):
         load(locate("mine.py:godo", tmp_path))
     for name in ("mine.py:", ":good", "mine.py:a.b"):
-        with pytest.raises(ConfigError, match="write file.py:function or package.module:function"):
+        with pytest.raises(ConfigError, match=r"write file.py:function or package.module:function"):
             locate(name, tmp_path)
 
 
@@ -37,11 +37,11 @@ def test_a_module_is_found_without_importing_its_package(tmp_path: Path):
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "strict.py").write_text("")
     assert locate("judges_for_test.strict:f", tmp_path).module == "judges_for_test.strict"
-    with pytest.raises(ConfigError, match="there is no module judges_for_test.lax; judges_for_test has strict"):
+    with pytest.raises(ConfigError, match=r"there is no module judges_for_test.lax; judges_for_test has strict"):
         locate("judges_for_test.lax:f", tmp_path)
-    with pytest.raises(ConfigError, match="there is no module judge; .* has judges_for_test"):
+    with pytest.raises(ConfigError, match=r"there is no module judge; .* has judges_for_test"):
         locate("judge:f", tmp_path)
-    with pytest.raises(ConfigError, match="judges_for_test.strict is a module, not a package"):
+    with pytest.raises(ConfigError, match=r"judges_for_test.strict is a module, not a package"):
         locate("judges_for_test.strict.deep:f", tmp_path)
 
 

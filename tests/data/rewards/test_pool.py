@@ -32,6 +32,10 @@ def act(prompts, completions, **columns):
     [text] = completions
     match text.split():
         case ["sleep"]: time.sleep(100)
+        case ["write", path]:
+            with open(path, "w") as file:
+                file.write(f"{os.getpid()}.")
+            time.sleep(100)
         case ["spin"]:
             while True: pass
         case ["regex"]: re.match(r"(a+)+$", "a" * 60 + "b")  # C code that holds the interpreter's lock
@@ -41,7 +45,10 @@ def act(prompts, completions, **columns):
         case ["sys.exit"]: sys.exit("bye")
         case ["raise"]: return 1 / 0
         case ["child"]: subprocess.run(["sleep", "1000"])
-        case ["print"]: print("x" * 100_000); print(b"\\x00\\x00\\x00\\x02{}", file=sys.stderr); os.write(1, b"\\x00\\x00\\x00\\x02{}")
+        case ["print"]:
+            print("x" * 100_000)
+            os.write(1, b"\\x00\\x00\\x00\\x02{}")  # what a message looks like
+            os.write(2, b"\\x00\\x00\\x00\\x02{}")
         case ["pid"]: return [os.getpid()]
         case ["return", value]: return [eval(value)]
         case ["whole", value]: return eval(value)
@@ -99,7 +106,9 @@ def open_pool(base_dir):
 
 def make_items(*completions, columns=None, group_size=1):
     return [
-        RewardItem(sample_id=f"s{i}", group_id=f"g{i // group_size}", prompt=f"p{i // group_size}", completion=text, columns=columns or {})
+        RewardItem(
+            sample_id=f"s{i}", group_id=f"g{i // group_size}", prompt=f"p{i // group_size}", completion=text, columns=columns or {}
+        )
         for i, text in enumerate(completions)
     ]
 
@@ -123,7 +132,9 @@ def wait_until(condition, limit_s=5.0) -> bool:
 def test_results_have_the_order_of_the_items_whatever_worker_scored_them(open_pool):
     pool = open_pool("number", num_workers=3)
     results = pool.score(make_items(*map(str, range(2000))))
-    assert [(result.sample_id, result.reward, result.status) for result in results] == [(f"s{i}", float(i), ok) for i in range(2000)]
+    assert [(result.sample_id, result.reward, result.status) for result in results] == [
+        (f"s{i}", float(i), ok) for i in range(2000)
+    ]
     assert pool.score([]) == []
 
 
@@ -161,6 +172,26 @@ def test_a_hang_does_not_delay_the_samples_of_other_workers(open_pool):
     assert not hanging.done()
 
 
+def test_calls_behind_a_slow_one_go_to_another_worker_and_are_answered_once(open_pool, base_dir, tmp_path):
+    (base_dir / "uneven.py").write_text(
+        "import os, time\n"
+        "def f(completions, log):\n"
+        "    if completions == ['slow']: time.sleep(1)\n"
+        "    with open(log[0], 'a') as file: file.write(f'{completions[0]} {os.getpid()}\\n')\n"
+        "    return [1.0]\n"
+    )
+    pool = open_pool("uneven.py:f", num_workers=2, timeout_s=30.0)
+    log = tmp_path / "log"
+    pool.score(make_items(*["warm-up"] * 100, columns={"log": str(log)}))  # calls are found to be cheap, so messages are long
+    log.unlink()
+    results = pool.score(make_items("slow", *map(str, range(40)), columns={"log": str(log)}))
+    assert {result.status for result in results} == {ok}
+    calls, pids = zip(*(line.split() for line in log.read_text().splitlines()), strict=True)
+    assert sorted(calls) == sorted(["slow", *map(str, range(40))])
+    assert calls[-1] == "slow"
+    assert len(set(pids)) == 2
+
+
 def test_the_limit_is_per_call_not_per_message(open_pool, base_dir):
     (base_dir / "steady.py").write_text("import time\ndef f(completions):\n    time.sleep(0.1)\n    return [1.0]\n")
     pool = open_pool("steady.py:f", num_workers=1, timeout_s=0.6)
@@ -179,7 +210,7 @@ def test_twenty_hangs_leave_the_pool_at_full_size_without_processes_or_descripto
         pids |= set(pool.worker_pids)
     alive = {result.reward for result in pool.score(make_items(*["pid"] * 200))}
     assert alive <= {float(pid) for pid in pool.worker_pids}
-    assert not pids - set(pool.worker_pids) & {pid for pid in pids if is_running(pid)} - set(pool.worker_pids)
+    assert not any(is_running(pid) for pid in pids - set(pool.worker_pids))
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert threading.active_count() == threads
     pool.close()
@@ -195,18 +226,28 @@ def test_a_crash_is_tried_once_more_then_an_error(open_pool, tmp_path):
     assert results[4].message == "its worker was killed by SIGSEGV, 2 times"
 
 
-def test_a_worker_killed_from_outside_loses_no_sample(open_pool):
+def test_a_worker_killed_from_outside_loses_no_sample(open_pool, tmp_path):
     pool = open_pool(num_workers=1, timeout_s=30.0)
-    future = pool.submit(make_items("x", "sleep", "x"))
+    mark = tmp_path / "mark"
+    future = pool.submit(make_items("x", f"write {mark}", "x"))
     for _ in range(2):
-        assert wait_until(lambda: pool.worker_pids)
-        [pid] = pool.worker_pids
-        time.sleep(0.5)
+        assert wait_until(lambda: mark.exists() and mark.read_text().endswith("."), limit_s=20.0)
+        pid = int(mark.read_text().rstrip("."))
+        mark.unlink()
         os.kill(pid, signal.SIGKILL)
-        assert wait_until(lambda pid=pid: pid not in pool.worker_pids)
     first, second, third = future.result(timeout=20)
     assert (first.status, second.status, third.status) == (ok, error, ok)
     assert second.message == "its worker was killed by SIGKILL, 2 times"
+
+
+def test_a_replacement_killed_while_it_starts_is_replaced_too(open_pool):
+    pool = open_pool(num_workers=1)
+    [first] = pool.worker_pids
+    os.kill(first, signal.SIGKILL)
+    future = pool.submit(make_items("x"))
+    assert wait_until(lambda: pool.worker_pids and pool.worker_pids != [first])
+    os.kill(pool.worker_pids[0], signal.SIGKILL)
+    assert future.result(timeout=20)[0].status is ok
 
 
 def test_an_idle_worker_killed_from_outside_is_replaced(open_pool):
@@ -272,7 +313,7 @@ def test_a_group_wise_function_sees_a_group_per_call(open_pool):
     pool = open_pool("rank")
     results = pool.score(make_items("b", "a", "c", "z", "y", "x", columns={"answer": 1}, group_size=3))
     assert [result.reward for result in results] == [1, 0, 2, 2, 1, 0]
-    with pytest.raises(DataError, match="returned a list of 1, not a list of 3 numbers"):
+    with pytest.raises(DataError, match=r"returned a list of 1, not a list of 3 numbers"):
         open_pool("one_for_all").score(make_items("a", "b", "c", group_size=3))
 
 
@@ -288,9 +329,9 @@ def test_columns_arrive_as_plain_values(open_pool):
         [result] = pool.score(make_items(repr(arrives), columns={"x": sent}))
         assert result.reward == 1.0, sent
     for value, kind in [(date(2020, 1, 1), "date"), (b"x", "bytes"), ([{1: 2}], "dict")]:
-        with pytest.raises(DataError, match=f"column x of sample s0 holds a {kind}, which cannot be sent"):
+        with pytest.raises(DataError, match=rf"column x of sample s0 holds a {kind}, which cannot be sent"):
             pool.score(make_items("", columns={"x": value}))
-    with pytest.raises(DataError, match="needs a column x. The columns are y"):
+    with pytest.raises(DataError, match=r"needs a column x. The columns are y"):
         pool.score(make_items("", columns={"y": 1}))
     assert pool.score(make_items("[1]", columns={"x": 1}))[0].reward == 1.0  # a refused item breaks nothing
 
@@ -325,9 +366,9 @@ def test_old_failures_are_forgotten(open_pool):
 
 
 def test_a_small_run_whose_every_reward_fails_stops_early(open_pool):
-    with pytest.raises(RewardError, match="8 of the last 8 samples failed"):
+    with pytest.raises(RewardError, match=r"8 of the last 8 samples failed"):
         open_pool(max_error_rate=0.2, num_workers=1).score(make_items(*["raise"] * 12))
-    with pytest.raises(RewardError, match="1 of the last 1 samples failed"):
+    with pytest.raises(RewardError, match=r"1 of the last 1 samples failed"):
         open_pool(max_error_rate=0.0).score(make_items("raise"))
 
 
@@ -367,24 +408,24 @@ def test_closing_kills_workers_and_what_they_started_and_ends_waiting_jobs(open_
     pool.close()
     assert not is_running(pid)
     assert wait_until(lambda: not is_running(child))
-    with pytest.raises(RewardError, match="closed before it had scored everything"):
+    with pytest.raises(RewardError, match=r"closed before it had scored everything"):
         future.result(timeout=1)
-    with pytest.raises(RewardError, match="its pool is closed"):
+    with pytest.raises(RewardError, match=r"its pool is closed"):
         pool.score(make_items("x"))
 
 
 def test_workers_die_with_their_owner(base_dir):
     code = (
-        "import os, signal, sys, time\nfrom pathlib import Path\nfrom rlkit.settings import Reward\n"
-        "from rlkit.data.rewards.pool import RewardItem, RewardPool\n"
-        f"pool = RewardPool(Reward(fn='mine.py:act', num_workers=2), base_dir=Path({str(base_dir)!r}))\n"
-        "item = RewardItem(sample_id='s', group_id='g', prompt='p', completion='spin', columns={})\n"
-        "pool.submit([item]); time.sleep(0.3)\nprint(*pool.worker_pids, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, time\nfrom pathlib import Path\nfrom rlkit.data.rewards.process import WorkerProcess\n"
+        f"worker = WorkerProcess('mine.py:act', Path({str(base_dir)!r}), start_limit_s=60)\n"
+        "while worker._poll(time.monotonic() + 60) is None: pass\n"
+        "call = {'prompts': ['p'], 'completions': ['spin'], 'columns': {}}\n"
+        "worker._send({'calls': [call]})\nworker._poll(time.monotonic() + 60)\n"
+        "print(worker.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
     owner = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
-    pids = [int(pid) for pid in owner.stdout.split()]
-    assert len(pids) == 2
-    assert wait_until(lambda: not any(map(is_running, pids)))
+    pid = int(owner.stdout)
+    assert wait_until(lambda: not is_running(pid))
 
 
 def test_many_threads_may_submit_at_once(open_pool):

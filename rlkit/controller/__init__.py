@@ -1,0 +1,1 @@
+"""The controller: places workers, runs the loop, keeps the records."""

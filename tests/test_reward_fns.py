@@ -1,0 +1,196 @@
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from rlkit.data.rewards.functions import load, locate
+from rlkit.data.rewards.numbers import last_number
+from rlkit.data.rewards.pool import RewardItem, RewardPool
+from rlkit.settings import Reward
+from rlkit.types import RewardStatus
+
+
+def score(name: str, completion: str, **row) -> float | None:
+    function, signature = load(locate(name, Path.cwd()))
+    assert not signature.group_wise
+    [value] = function(prompts=["p"], completions=[completion], **{column: [cell] for column, cell in row.items()})
+    assert value is None or type(value) is float
+    return value
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "reward"),
+    [
+        ("Paris", "Paris", 1),
+        (" Paris\n", "Paris ", 1),
+        ("paris", "Paris", 0),
+        ("It is Paris", "Paris", 0),
+        ("4", 4, 1),
+        ("", "x", 0),
+    ],
+)
+def test_exact_match(completion, answer, reward):
+    assert score("exact_match", completion, answer=answer) == reward
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("42", 42),
+        ("the answer is 42.", 42),
+        ("1, 2, 3", 3),
+        ("1,234", 1234),
+        ("1{,}234", 1234),
+        ("$1,234,567.50", 1234567.5),
+        ("12,3456", 3456),  # not thousands: a list
+        ("1,2", 2),
+        ("-5", -5),
+        ("\N{MINUS SIGN}5", -5),
+        ("= -5", -5),
+        ("(-5)", -5),
+        ("$-5$", -5),
+        ("-$5", -5),
+        ("5-3", 3),
+        ("5 - 3", 3),
+        ("x-3", 3),
+        ("+7", 7),
+        ("3/4", 0.75),
+        ("-3/4", -0.75),
+        ("3\N{FRACTION SLASH}4", 0.75),
+        (r"\frac{3}{4}", 0.75),
+        (r"-\dfrac{3}{4}", -0.75),
+        ("1/0", None),
+        ("50%", 50),
+        (r"50\%", 50),
+        ("0.5", 0.5),
+        (".5", 0.5),
+        ("5.", 5),
+        ("1e-3", Fraction(1, 1000)),
+        ("2E3", 2000),
+        ("2em", 2),
+        ("007", 7),
+        ("v1.2.3", 3),
+        ("none", None),
+        ("", None),
+        ("\N{ARABIC-INDIC DIGIT THREE}", None),
+        ("9" * 5000, None),
+        ("1e999999999", 999999999),  # no exponent of that length is read
+    ],
+)
+def test_the_last_number_of_a_text(text, value):
+    assert last_number(text) == value
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "reward"),
+    [
+        ("So it is 1,000.", "1000", 1),
+        ("half: 1/2", 0.5, 1),
+        ("50%", "50", 1),
+        ("50%", "0.5", 0),
+        ("0.33", "1/3", 0),
+        ("42 apples, not 41", "42", 0),
+        ("none", "42", 0),
+        ("3", "three", None),
+        ("3", None, None),
+        ("0.1", 0.1, 1),
+        ("\N{MINUS SIGN}2", -2, 1),
+    ],
+)
+def test_numeric_match(completion, answer, reward):
+    assert score("numeric_match", completion, answer=answer) == reward
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "reward"),
+    [
+        ("3 + 4 = 7\n#### 7", "It takes 3 + 4.\n#### 7", 1),
+        ("#### 7", 7, 1),
+        ("#### $1,200", "#### 1200", 1),
+        ("#### 7 dollars", "#### 7", 1),
+        ("The answer is 7.", "#### 7", 1),
+        ("7\n####", "#### 7", 0),
+        ("#### 7\n#### 8", "#### 7", 0),
+        ("#### 8", "7 and 7\n#### 7", 0),
+        ("", "#### 7", 0),
+        ("#### 7", "no number", None),
+        ("#### 7", None, None),
+    ],
+)
+def test_gsm8k(completion, answer, reward):
+    assert score("gsm8k", completion, answer=answer) == reward
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "reward"),
+    [
+        ("0.5", r"\frac{1}{2}", 1),
+        (r"The answer is \boxed{1/2}.", r"\frac{1}{2}", 1),
+        (r"First \boxed{3}, no: $4$, so \boxed{5}.", "5", 1),
+        ("$x^2+2x+1$", "(x+1)^2", 1),
+        ("$x^2+2x$", "(x+1)^2", 0),
+        (r"$\boxed{(0,1]}$", "(0,1]", 1),
+        (r"$\boxed{(0,1)}$", "(0,1]", 0),
+        (r"$\sqrt{8}$", r"$2\sqrt{2}$", 1),
+        (r"\boxed{x=5}", "5", 1),
+        (r"\boxed{5 \text{ cm}}", "5", 1),
+        ("I do not know", "3", 0),
+        ("", "3", 0),
+        (r"$\int_{$", "3", 0),
+        ("3", "", None),
+        ("3", "$$", None),
+    ],
+)
+def test_math_equivalence(completion, answer, reward):
+    assert score("math_equivalence", completion, answer=answer) == reward
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("<think>a\nb</think><answer>c</answer>", 1),
+        (" <think>a</think>\n\n<answer>c</answer>\n", 1),
+        ("<think>a</think>", 0),
+        ("<think></think><answer>c</answer>", 0),
+        ("<think>a</think><answer></answer>", 0),
+        ("<answer>c</answer><think>a</think>", 0),
+        ("<think>a</think><answer>c</answer>!", 0),
+        ("<think>a</think>so<answer>c</answer>", 0),
+        ("<think>a<think>b</think><answer>c</answer>", 0),
+        ("<think>a</think><answer>c</answer><answer>d</answer>", 0),
+        ("<think>" * 20000, 0),
+    ],
+)
+def test_format_with_tags(completion, reward):
+    assert score("format", completion) == reward
+    assert score("format", completion, pattern=None) == reward
+
+
+def test_format_with_the_rows_own_pattern():
+    assert score("format", "yes\nno", pattern="yes.no") == 1
+    assert score("format", "yes\nno!", pattern="yes.no") == 0
+
+
+def test_expressions():
+    assert score("expressions", "3*5+7", digits="357", target=22) == 1
+    assert score("expressions", "3*5+7 ", digits="357", target=22) == 0
+
+
+def test_reasoning_gym_score_accepts_every_right_answer():
+    gym = pytest.importorskip("reasoning_gym")
+    entry = json.loads(json.dumps(gym.create_dataset("countdown", size=1, seed=1)[0]))
+    row = {"prompt": entry["question"], "answer": entry["answer"], "metadata": entry["metadata"]}
+    target = entry["metadata"]["target"]
+    for completion in (entry["answer"], f"<think>hm</think> <answer>{entry['answer']}</answer>\n"):
+        assert score("reasoning_gym_score", completion, **row) == 1
+    other = " + ".join(reversed(str(entry["answer"]).split(" + ")))
+    assert score("reasoning_gym_score", other, **row) == 1
+    assert score("reasoning_gym_score", str(target + 1), **row) < 1  # pyright: ignore[reportOptionalOperand]
+
+
+def test_a_comparison_that_never_ends_is_a_timeout_and_not_a_wrong_answer(tmp_path):
+    texts = [r"\boxed{10^{10^{10}}}", r"\boxed{3}"]
+    items = [RewardItem(sample_id=t, group_id="g", prompt="", completion=t, columns={"answer": "3"}) for t in texts]
+    with RewardPool(Reward(fn="math_equivalence", timeout_s=2.0, num_workers=1, max_error_rate=1.0), base_dir=tmp_path) as pool:
+        assert [result.status for result in pool.score(items)] == [RewardStatus.timeout, RewardStatus.ok]
