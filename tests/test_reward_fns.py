@@ -127,7 +127,9 @@ def test_gsm8k(completion, answer, reward):
     [
         ("0.5", r"\frac{1}{2}", 1),
         (r"The answer is \boxed{1/2}.", r"\frac{1}{2}", 1),
-        (r"First \boxed{3}, no: $4$, so \boxed{5}.", "5", 1),
+        (r"First $4$, no: \boxed{5}, not $6$.", "5", 1),
+        (r"\boxed{3}, no, \boxed{5}", "5", 0),
+        (r"\boxed{3} and \boxed{5}", r"\{5, 3\}", 1),
         ("$x^2+2x+1$", "(x+1)^2", 1),
         ("$x^2+2x$", "(x+1)^2", 0),
         (r"$\boxed{(0,1]}$", "(0,1]", 1),

@@ -81,7 +81,7 @@ def _read_expressions(settings: ExpressionsData) -> Source:
     for digits in map("".join, product(expressions.DIGITS, repeat=3)):
         for target in range(expressions.MAX_TARGET + 1):
             if expressions.right_answers(digits, target):
-                split[expressions.split_of(digits, target)].append(expressions.row(digits, target))
+                split[expressions.split_of(digits, target)].append({**expressions.row(digits, target)})
     return Source(name="expressions", train=_numbered(split["train"]), held_out=_numbered(split["held_out"]))
 
 
