@@ -58,9 +58,10 @@ def test_the_checkpoint_loads_in_transformers_and_evaluates_as_the_run_said(quic
 
     checkpoint = quickstart / "checkpoints" / "step_000030"
     tokenizer, model = load_tokenizer(str(checkpoint)), load_model(str(checkpoint), dtype=torch.float32)
-    ids = tokenizer("3 5 7 = 22:", return_tensors="pt").input_ids
-    answer = tokenizer.decode(model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :], skip_special_tokens=True)
-    assert set(answer.strip()) <= set("0123456789+-*")
+    ids = tokenizer.encode("3 5 7 = 22:")
+    for _ in range(5):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert set(str(tokenizer.decode(ids[-5:], skip_special_tokens=True))) <= set("0123456789+-*")
     rows = [json.loads(line) for line in (quickstart / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "evaluation/pass@1" in row][-1]
     output = rlkit(quickstart.parent, "eval", "run")  # vLLM, from the folder on disk
@@ -76,10 +77,19 @@ def test_an_untied_model_agrees_after_every_sync_of_a_run(tmp_path):
     config = tied.config
     config.tie_word_embeddings = False
     untied = AutoModelForCausalLM.from_config(config)
-    untied.load_state_dict(tied.state_dict() | {"lm_head.weight": tied.get_output_embeddings().weight.detach().clone()})
+    untied.load_state_dict(tied.state_dict() | {"lm_head.weight": tied.get_input_embeddings().weight.detach().clone()})
     untied.save_pretrained(tmp_path / "untied")
     copy_tokenizer_files(resolve("tiny"), tmp_path / "untied")
-    rlkit(tmp_path, "train", "model.path=untied", "num_steps=20", "prompts_per_step=8", "group_size=8", "run_dir=run", "evaluation=none")
+    rlkit(
+        tmp_path,
+        "train",
+        "model.path=untied",
+        "num_steps=20",
+        "prompts_per_step=8",
+        "group_size=8",
+        "run_dir=run",
+        "evaluation=none",
+    )
     assert len(steps(tmp_path / "run")) == 20
     for row in steps(tmp_path / "run"):
         assert row["sync/probe_max"] <= 1e-4
@@ -94,9 +104,7 @@ def test_bfloat16_stays_close(tmp_path):
 
 def test_a_sweep_is_one_command_and_a_broken_run_does_not_stop_it(tmp_path):
     (tmp_path / "my_rewards.py").write_text(
-        "calls = 0\n"
-        "def fragile(prompts, completions, digits, target):\n"
-        "    return [float(len(completions[0])) / 10]\n"
+        "calls = 0\ndef fragile(prompts, completions, digits, target):\n    return [float(len(completions[0])) / 10]\n"
     )
     small = ["num_steps=2", "prompts_per_step=4", "group_size=4", "evaluation=none", "reward.fn=my_rewards.py:fragile"]
     output = rlkit(tmp_path, "train", "-m", "divergence=none,reverse_kl", "objective.clip_low=0.2", "seed=1,2", *small)

@@ -1,6 +1,6 @@
 """README tells the truth: its table and map are generated from the code, and its commands are run.
 
-    python tests/test_readme.py      writes the table and the map anew
+python tests/test_readme.py      writes the table and the map anew
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def choices_table() -> str:
     lines = ["| group | choice | what it is |", "|---|---|---|"]
     for group, options in describe()["groups"].items():
         for place, (name, option) in enumerate(options.items()):
-            lines.append(f"| {f'`{group}`' if place == 0 else ''} | `{name}` | {option['description'].replace('|', chr(92) + '|')} |")
+            lines.append(
+                f"| {f'`{group}`' if place == 0 else ''} | `{name}` | {option['description'].replace('|', chr(92) + '|')} |"
+            )
     return "\n".join(lines)
 
 
@@ -77,7 +79,7 @@ def test_what_is_generated_is_up_to_date(name):
 
 def commands(language: str) -> list[str]:
     text = README.read_text(encoding="utf-8")
-    return [block for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+    return list(re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL))
 
 
 def test_the_readme_never_tells_anyone_to_install_another_package_called_rlkit():
@@ -85,7 +87,13 @@ def test_the_readme_never_tells_anyone_to_install_another_package_called_rlkit()
 
 
 def test_every_command_is_one_that_the_tests_below_run():
-    known = ("bash launchers/quickstart.sh", "bash launchers/test.sh", "source .venv/bin/activate", "rlkit ", "tensorboard --logdir")
+    known = (
+        "bash launchers/quickstart.sh",
+        "bash launchers/test.sh",
+        "source .venv/bin/activate",
+        "rlkit ",
+        "tensorboard --logdir",
+    )
     for line in (line for block in commands("bash") for line in block.splitlines() if line.strip()):
         assert line.startswith(known), line
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import socket
 from collections.abc import Hashable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, Protocol
 
-from rlkit.settings import ClusterSettings, ExistingRay, InProcess, LocalRay
 from rlkit.controller.local import InProcessCluster
 from rlkit.errors import ResourceError, RlkitError, WorkerError
+from rlkit.settings import ClusterSettings, ExistingRay, InProcess, LocalRay
 from rlkit.workers.handle import Handle
 
 
@@ -146,11 +147,11 @@ class RayCluster:
                 object_store_memory=settings.object_store_mib << 20,
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
             )
         elif isinstance(settings, ExistingRay):
             try:
-                ray.init(address=settings.address, log_to_driver=False, logging_level="ERROR")
+                ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
             except ConnectionError as error:
                 raise ResourceError(
                     f"cluster.address={settings.address}: no Ray cluster answers there ({first_line(error)}). Start one with "

@@ -105,13 +105,13 @@ def summarize(groups: Sequence[Sequence[Rollout]], settings: HeldOut) -> Evaluat
     kept = [group for group in scored if len(group) >= max(settings.ks)]
     if not kept:
         raise DataError("No held-out prompt has enough scored samples for evaluation.ks; look at the reward function's failures.")
+    rewards = [[float(r.reward) for r in group if r.reward is not None] for group in kept]  # of an ok sample it never is None
     right = [[r for r in group if r.reward is not None and r.reward >= settings.right_from] for group in kept]
     return Evaluation(
         prompt_ids=tuple(group[0].prompt_id for group in kept),
-        rewards=np.array([np.mean([r.reward for r in group]) for group in kept]),
+        rewards=np.array([np.mean(group) for group in rewards]),
         pass_at={
-            k: np.array([pass_at_k(len(group), len(good), k) for group, good in zip(kept, right, strict=True)])
-            for k in settings.ks
+            k: np.array([pass_at_k(len(group), len(good), k) for group, good in zip(kept, right, strict=True)]) for k in settings.ks
         },
         distinct=np.array([len({r.text.strip() for r in good}) for good in right], dtype=float),
         num_failed=sum(map(len, groups)) - sum(map(len, scored)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,18 +10,18 @@ import torch
 from torch import Tensor
 
 from rlkit.config import RunConfig
-from rlkit.settings import TransformersEngine, VllmEngine
 from rlkit.controller.cluster import Cluster
 from rlkit.core.reduce import Denominators
 from rlkit.data.collate import split_ranks
 from rlkit.data.models.loading import resolve
 from rlkit.errors import ConfigError
 from rlkit.metrics import merge
+from rlkit.settings import TransformersEngine, VllmEngine
 from rlkit.types import Completion, Rollout, SampleRequest, SamplingSpec, StepStats, TrainBatch
 from rlkit.workers.handle import Handle, Pending
 from rlkit.workers.learner import Rank
 from rlkit.workers.rollout.engine import EngineSpec
-from rlkit.workers.scorer import Scores, ScorerSpec
+from rlkit.workers.scorer import ScorerSpec, Scores
 from rlkit.workers.weight_sync import Manifest
 
 START_DEADLINE_S = 600.0  # a worker's first call also waits for its imports and its model
@@ -43,7 +44,11 @@ class Engines:
         self._receiving: list[Pending] = []  # parts of the next version on their way
         self._handles = [
             cluster.worker(
-                ("engine", purpose, spec, index, count), f"rollout engine {index}", ENGINE_CLASSES[spec.kind], spec, share=(index, count)
+                ("engine", purpose, spec, index, count),
+                f"rollout engine {index}",
+                ENGINE_CLASSES[spec.kind],
+                spec,
+                share=(index, count),
             )
             for index in range(count)
         ]
@@ -51,7 +56,7 @@ class Engines:
     def generate(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Generation:
         """Hand every engine its part at once."""
         bounds = [round(i * len(requests) / len(self._handles)) for i in range(len(self._handles) + 1)]
-        parts = [requests[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+        parts = [requests[low:high] for low, high in itertools.pairwise(bounds)]
         return Generation(
             [handle.call("generate", part, sampling) for handle, part in zip(self._handles, parts, strict=True) if part],
             self._deadline_s,
@@ -111,9 +116,7 @@ class Learners:
         denominators = Denominators.count(batch.response_mask, max_response_tokens=self._max_response_tokens)
         stats: list[StepStats] = wait(
             [
-                handle.call(
-                    "update", part, denominators=denominators, divergence_coef=divergence_coef, entropy_coef=entropy_coef
-                )
+                handle.call("update", part, denominators=denominators, divergence_coef=divergence_coef, entropy_coef=entropy_coef)
                 for handle, part in zip(self._handles, split_ranks(batch, len(self._handles)), strict=True)
             ],
             self._deadline_s,
@@ -145,7 +148,7 @@ class Learners:
         return self._handles[0].call("num_parts").result(self._deadline_s)
 
     def export_part(self, index: int, version: int) -> Pending:
-        return [handle.call("export_part", index, version) for handle in self._handles][0]
+        return next(handle.call("export_part", index, version) for handle in self._handles)
 
     def manifest(self, version: int) -> Manifest:
         return self._handles[0].call("manifest", version).result(self._deadline_s)

@@ -38,9 +38,7 @@ class InProcessCluster:
     def __init__(self):
         self._workers: dict[Hashable, LocalHandle] = {}
 
-    def worker(
-        self, key: Hashable, name: str, target: str, *args: Any, share: tuple[int, int] = (0, 1), **kwargs: Any
-    ) -> Handle:
+    def worker(self, key: Hashable, name: str, target: str, *args: Any, share: tuple[int, int] = (0, 1), **kwargs: Any) -> Handle:
         if key not in self._workers:
             module, cls = target.split(":")
             self._workers[key] = LocalHandle(name, getattr(importlib.import_module(module), cls)(*args, **kwargs))

@@ -10,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,10 +24,11 @@ from rlkit.core.control import ControlState
 from rlkit.core.divergences import FDivergence
 from rlkit.core.entropy import EntropyBonus
 from rlkit.data.collate import collate, group_index, minibatches, response_mask, token_rewards
-from rlkit.data.models.loading import load_tokenizer, resolve, stop_token_ids
+from rlkit.data.models.loading import context_length, load_tokenizer, resolve, stop_token_ids
 from rlkit.data.order import PromptOrder
 from rlkit.data.prompts import PromptSet, load_prompts
 from rlkit.data.rewards.pool import RewardPool
+from rlkit.errors import ConfigError
 from rlkit.metrics import Metric, merge, values
 from rlkit.settings import HeldOut
 from rlkit.types import FinishReason, RewardStatus, Rollout, SamplingSpec, TrainBatch
@@ -50,6 +50,7 @@ def train(config: RunConfig, cluster: Cluster) -> RunSummary:
     run_dir = Path(config.run_dir or f"runs/{config.experiment_name}-{datetime.now():%Y%m%d-%H%M%S}")
     folder = resolve(config.model.path)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+    check_context(config, folder)
     stops = stop_token_ids(folder, tokenizer)
     with RewardPool(config.reward, base_dir=Path.cwd()) as rewards:
         prompts = load_prompts(
@@ -71,6 +72,17 @@ def train(config: RunConfig, cluster: Cluster) -> RunSummary:
                 coefficients=Coefficients.start(config),
             )
             return run.train()
+
+
+def check_context(config: RunConfig, folder: str) -> None:
+    """Raises ConfigError when prompt and response together do not fit the model's context."""
+    limit = context_length(folder, trust_remote_code=config.model.trust_remote_code)
+    if limit is not None and config.max_model_tokens > limit:
+        raise ConfigError(
+            f"max_response_tokens={config.max_response_tokens}: with max_prompt_tokens={config.max_prompt_tokens} that is "
+            f"{config.max_model_tokens} tokens, and {config.model.path} has positions for {limit}. "
+            f"Write at most {limit} for both together."
+        )
 
 
 def start_reference(config: RunConfig, cluster: Cluster, learner: Learners) -> ReferenceScorer | None:
@@ -102,9 +114,7 @@ class Coefficients:
         def moved(state: ControlState | None, measured: str) -> ControlState | None:
             return state and config.control.update(state, metrics[measured].value, num_sequences)
 
-        return Coefficients(
-            divergence=moved(self.divergence, "kl/ref_token_mean"), entropy=moved(self.entropy, "entropy/mean")
-        )
+        return Coefficients(divergence=moved(self.divergence, "kl/ref_token_mean"), entropy=moved(self.entropy, "entropy/mean"))
 
 
 @dataclass(kw_only=True, slots=True)

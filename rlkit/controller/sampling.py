@@ -70,13 +70,9 @@ class Sampler:
         )
         rollouts = [
             single_turn_rollout(prompt, completion, result, group_id=group, text=text)
-            for prompt, completion, result, group, text in zip(
-                submitted.owners, completions, results, groups, texts, strict=True
-            )
+            for prompt, completion, result, group, text in zip(submitted.owners, completions, results, groups, texts, strict=True)
         ]
-        return Sampled(
-            rollouts=rollouts, generate_s=generated - submitted.started, reward_s=time.monotonic() - generated
-        )
+        return Sampled(rollouts=rollouts, generate_s=generated - submitted.started, reward_s=time.monotonic() - generated)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

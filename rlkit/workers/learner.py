@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -93,7 +94,7 @@ class Learner:
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.rank.count,))
         if self.rank.count > 1:
-            for layer in model.get_decoder().layers:  # pyright: ignore[reportAttributeAccessIssue]
+            for layer in cast(nn.ModuleList, model.get_decoder().layers):
                 fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
         # Losses are shares of a global mean, so ranks are summed; FSDP would average. The plain sum, because gloo has no other.
@@ -122,9 +123,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        parts: list[dict[str, Metric]] = []
-        for rows in self._plan(batch):
-            parts.append(self._backward(batch.select(rows), denominators, divergence_coef, entropy_coef))
+        parts = [self._backward(batch.select(rows), denominators, divergence_coef, entropy_coef) for rows in self._plan(batch)]
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), optimizer_settings.max_grad_norm)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         metrics = merge(parts)

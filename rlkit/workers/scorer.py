@@ -76,4 +76,4 @@ class Scorer:
 
     def head(self) -> np.ndarray:
         """[V, H] float32: the output head that belongs to the hidden states."""
-        return self.policy.model.get_output_embeddings().weight.detach().float().numpy()
+        return self.policy.head.weight.detach().float().numpy()

@@ -170,7 +170,14 @@ def test_a_missing_column_and_an_empty_data_set_are_found_before_any_worker_star
     cluster = InProcessCluster()
 
     def refused(*overrides: str) -> str:
-        settings = ["experiment=none", "data=jsonl", "data.path=rows.jsonl", "reward.fn=exact_match", "cluster=inprocess", "rollout=transformers"]
+        settings = [
+            "experiment=none",
+            "data=jsonl",
+            "data.path=rows.jsonl",
+            "reward.fn=exact_match",
+            "cluster=inprocess",
+            "rollout=transformers",
+        ]
         with pytest.raises(DataError) as caught:
             train(compose([*settings, "run_dir=run", *overrides]), cluster)
         assert not cluster._workers
@@ -178,9 +185,11 @@ def test_a_missing_column_and_an_empty_data_set_are_found_before_any_worker_star
         return str(caught.value)
 
     rows_file.write_text("".join(json.dumps({"question": f"{i}", "answer": "1"}) + "\n" for i in range(40)))
-    assert "question" in refused() and "prompt" in refused()
+    assert "question" in refused()
+    assert "prompt" in refused()
     rows_file.write_text("".join(json.dumps({"prompt": f"{i} 2 3 = 4:", "solution": "1"}) + "\n" for i in range(1, 9)))
-    assert "solution" in refused() and "answer" in refused()
+    assert "solution" in refused()
+    assert "answer" in refused()
     rows_file.write_text("")
     assert "rows.jsonl" in refused()
 

@@ -68,5 +68,5 @@ def test_ranks_and_minibatches_share_out_every_row_once(make_batch):
 
 def test_a_batch_whose_parts_disagree_is_refused(make_batch):
     batch = make_batch()
-    with pytest.raises(DataError, match="TrainBatch.advantages is "):
+    with pytest.raises(DataError, match=r"TrainBatch\.advantages is "):
         replace(batch, advantages=batch.advantages[:, :-1])

@@ -14,7 +14,11 @@ from rlkit.workers.scorer import Scorer, ScorerSpec
 def scorer(random_model) -> Scorer:
     return Scorer(
         ScorerSpec(
-            model_path=random_model(tied=False), dtype="float32", trust_remote_code=False, tokens_per_microbatch=24, head_memory_mib=1
+            model_path=random_model(tied=False),
+            dtype="float32",
+            trust_remote_code=False,
+            tokens_per_microbatch=24,
+            head_memory_mib=1,
         )
     )
 

@@ -67,14 +67,14 @@ def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> PreTraine
 
 def context_length(folder: str, *, trust_remote_code: bool = False) -> int | None:
     """Positions that the model was built for, or None where its config does not say."""
-    return getattr(
-        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), "max_position_embeddings", None
-    )
+    return getattr(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), "max_position_embeddings", None)
 
 
 def stop_token_ids(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a response: the tokenizer's own, and all that the model's generation_config names."""
-    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    ids: set[int] = set()
+    if isinstance(tokenizer.eos_token_id, int):
+        ids.add(tokenizer.eos_token_id)
     file = Path(folder) / "generation_config.json"
     if file.exists():
         eos = json.loads(file.read_text()).get("eos_token_id")
@@ -85,8 +85,8 @@ def stop_token_ids(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int
 
 
 def copy_tokenizer_files(source: str, target: Path) -> None:
-    """Everything in a model folder but weights and their index: tokenizer, chat template, generation settings."""
+    """Everything in a model folder but its weights, their index and its config: tokenizer, chat template, generation settings."""
     for file in Path(source).iterdir():
-        if file.is_file() and not file.name.startswith("model") and file.suffix not in {".safetensors", ".gguf", ".bin"}:
-            if file.name != "config.json":
-                shutil.copyfile(file, target / file.name)
+        is_weights = file.name.startswith("model") or file.suffix in {".safetensors", ".gguf", ".bin"}
+        if file.is_file() and not is_weights and file.name != "config.json":
+            shutil.copyfile(file, target / file.name)

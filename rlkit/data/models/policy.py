@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -35,7 +36,12 @@ class Policy(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        return self.model.get_output_embeddings().weight.shape[0]
+        return self.head.weight.shape[0]
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output head; a tied one shares the embedding's weight."""
+        return cast(nn.Linear, self.model.get_output_embeddings())
 
     def forward(
         self,
@@ -60,7 +66,7 @@ class Policy(nn.Module):
         """
         hidden = self._decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, S, H]
         predicts = response_positions(prompt_lengths, response_lengths, input_ids.shape[1]) - 1  # the position before
-        head = self.model.get_output_embeddings()
+        head = self.head
         return token_statistics(
             hidden.flatten(0, 1)[predicts],
             head.weight,
@@ -72,7 +78,7 @@ class Policy(nn.Module):
             divergence=divergence,
             ref_hidden=None if reference is None else reference.hidden,
             ref_head=None if reference is None else reference.head,
-            head_bias=getattr(head, "bias", None),
+            head_bias=head.bias,
         )
 
     @torch.no_grad()

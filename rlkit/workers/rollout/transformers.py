@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rlkit.data.models.loading import load_model
+from rlkit.data.models.policy import Policy
 from rlkit.types import Completion, FinishReason, SampleRequest, SamplingSpec
 from rlkit.workers.rollout.engine import EngineSpec, checkpoint_names
 from rlkit.workers.weight_sync import Manifest, PackedTensor, WeightPart, check_complete, unpack
-from rlkit.data.models.policy import Policy
 
 
 class SeededSampling(LogitsProcessor):
@@ -38,7 +39,7 @@ class SeededSampling(LogitsProcessor):
         self.logprobs: list[Tensor] = []  # per position, [B]: its log-prob
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits = self._warpers(input_ids, scores.float() / self._temperature)
+        logits = self._warpers(cast(LongTensor, input_ids), cast(FloatTensor, scores.float() / self._temperature))
         logprobs = logits.log_softmax(-1)
         uniform = torch.stack([torch.rand(logprobs.shape[1], generator=generator) for generator in self._generators])
         noisy = logprobs - torch.log(-torch.log(uniform.clamp(min=1e-20)))

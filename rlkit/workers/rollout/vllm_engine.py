@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rlkit.types import Completion, FinishReason, SampleRequest, SamplingSpec
 from rlkit.workers.rollout.engine import EngineSpec, checkpoint_names
 from rlkit.workers.weight_sync import Manifest, PackedTensor, WeightPart, check_complete, unpack
+
+if TYPE_CHECKING:
+    from vllm.inputs import TokensPrompt
+    from vllm.outputs import CompletionOutput, RequestOutput
 
 # Read by vLLM when it is imported, so they are set before.
 ENVIRONMENT = {
@@ -77,12 +82,13 @@ class VllmRolloutEngine:
         outputs = self._llm.generate([self._prompt(r.prompt_ids) for r in requests], params, use_tqdm=False)
         return [self._completion(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
 
-    def _prompt(self, token_ids: tuple[int, ...]):
+    def _prompt(self, token_ids: tuple[int, ...]) -> TokensPrompt:
         # The salt keeps blocks that older weights computed from being shared, even if a reset of the cache is refused.
         return {"prompt_token_ids": list(token_ids), "cache_salt": f"{self._loads}:{self.version}"}
 
-    def _completion(self, request: SampleRequest, output) -> Completion:
+    def _completion(self, request: SampleRequest, output: CompletionOutput) -> Completion:
         ids = np.asarray(output.token_ids, dtype=np.int64)
+        assert output.logprobs is not None  # asked for with logprobs=0
         logprobs = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
         return Completion(
             sample_id=request.sample_id,
@@ -97,13 +103,14 @@ class VllmRolloutEngine:
 
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         outputs = self._llm.generate([self._prompt(sequence) for sequence in sequences], params, use_tqdm=False)
-        return [
-            np.asarray(
-                [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)],
-                dtype=np.float32,
-            )
-            for sequence, output in zip(sequences, outputs, strict=True)
+        return [self._scores(sequence, output) for sequence, output in zip(sequences, outputs, strict=True)]
+
+    def _scores(self, sequence: tuple[int, ...], output: RequestOutput) -> np.ndarray:
+        assert output.prompt_logprobs is not None  # asked for with prompt_logprobs=0
+        found = [
+            position[token].logprob for position, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True) if position
         ]
+        return np.asarray(found, dtype=np.float32)
 
     def receive(self, part: WeightPart) -> None:
         self._staged.update(part.tensors)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from rlkit.compose import compose
 from rlkit.errors import SyncError
@@ -52,7 +53,8 @@ def perturb(learner: Learner, name: str) -> None:
     parameter = dict(learner.policy.model.named_parameters())[name]
     with torch.no_grad():
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
-        parameter.to_local().mul_(1 + 0.05 * noise)
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local.mul_(1 + 0.05 * noise)
 
 
 @pytest.mark.parametrize("kind", KINDS)
