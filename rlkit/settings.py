@@ -66,7 +66,7 @@ class Data:
 
 @dataclass(kw_only=True, slots=True)
 class ExpressionsData(Data):
-    """The built-in task: write an expression over three digits that equals a target (many right answers per prompt)."""
+    """The built-in task: write an expression over four digits that equals a target (many right answers per prompt)."""
 
 
 @dataclass(kw_only=True, slots=True)

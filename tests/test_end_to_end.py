@@ -58,10 +58,10 @@ def test_the_checkpoint_loads_in_transformers_and_evaluates_as_the_run_said(quic
 
     checkpoint = quickstart / "checkpoints" / "step_000030"
     tokenizer, model = load_tokenizer(str(checkpoint)), load_model(str(checkpoint), dtype=torch.float32)
-    ids = tokenizer.encode("3 5 7 = 22:")
-    for _ in range(5):
+    ids = tokenizer.encode("3 5 7 2 = 7:")
+    for _ in range(7):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert set(str(tokenizer.decode(ids[-5:], skip_special_tokens=True))) <= set("0123456789+-*")
+    assert set(str(tokenizer.decode(ids[-7:], skip_special_tokens=True))) <= set("0123456789+-")
     rows = [json.loads(line) for line in (quickstart / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "evaluation/pass@1" in row][-1]
     output = rlkit(quickstart.parent, "eval", "run")  # vLLM, from the folder on disk

@@ -175,8 +175,8 @@ def test_format_with_the_rows_own_pattern():
 
 
 def test_expressions():
-    assert score("expressions", "3*5+7", digits="357", target=22) == 1
-    assert score("expressions", "3*5+7 ", digits="357", target=22) == 0
+    assert score("expressions", "7+5-3-2", digits="3572", target=7) == 1
+    assert score("expressions", "7+5-3-2 ", digits="3572", target=7) == 0
 
 
 def test_reasoning_gym_score_accepts_every_right_answer():

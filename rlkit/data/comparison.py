@@ -10,7 +10,7 @@ Split = Literal["train", "held_out"]
 
 
 def prompt_text(a: int, b: int) -> str:
-    return f"Which number is larger, {a} or {b}? Reply with the number only."
+    return f"Which number is larger, {a} or {b}?"
 
 
 def split_of(a: int, b: int, held_out_fraction: float) -> Split:

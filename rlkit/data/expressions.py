@@ -1,13 +1,14 @@
-"""The built-in task: write an expression over three given digits that equals a target.
+"""The built-in task: write an expression over four given digits that equals a target.
 
-The prompt is `3 5 7 = 22:` and `3*5+7` is one right answer. Each digit (1-9) is used exactly once, in any order, with two
-of `+ - *` at their usual precedence and no parentheses. Most prompts have several right answers, so pass@k and the number
-of distinct right answers say something. A problem is (the digits in any order, target); a problem belongs to one split.
+The prompt is `3 5 7 2 = 7:` and `7+5-3-2` is one right answer. Each digit (1-9) is used exactly once, in any order, with three
+of `+ -` and no parentheses. Most prompts have many right answers, so pass@k and the number of distinct right answers say
+something. A problem is (the digits in any order, target); a problem belongs to one split. There are thousands, and what solves
+one solves all, so a policy that learns them does better on problems it has never seen.
 """
 
 from functools import cache
 from hashlib import sha256
-from itertools import permutations, product
+from itertools import combinations_with_replacement, permutations, product
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -15,8 +16,8 @@ import numpy as np
 Split = Literal["train", "held_out"]
 
 DIGITS = "123456789"
-OPERATORS = "+-*"
-MAX_TARGET = 99  # targets are 0..MAX_TARGET
+OPERATORS = "+-"
+NUM_DIGITS = 4
 HELD_OUT_PERCENT = 10
 
 
@@ -30,27 +31,21 @@ class Row(TypedDict):
 
 
 def evaluate(text: str) -> int | None:
-    """The value of `digit operator digit operator digit`, or None when `text` is anything else, spaces included.
+    """The value of `digit operator digit operator digit operator digit`, or None when `text` is anything else, spaces included.
 
     A model is rewarded for what passes here, so this accepts one spelling only and never calls `eval`.
     """
-    if len(text) != 5:
+    if len(text) != 2 * NUM_DIGITS - 1:
         return None
     # `in DIGITS`, not str.isdigit: that accepts superscripts and other scripts' digits.
     if not all(char in DIGITS for char in text[::2]) or not all(char in OPERATORS for char in text[1::2]):
         return None
-    total, term = 0, int(text[0])
-    for operator, char in zip(text[1::2], text[2::2], strict=True):
-        digit = int(char)
-        if operator == "*":
-            term *= digit
-        else:
-            total, term = total + term, digit if operator == "+" else -digit
-    return total + term
+    signs = (1 if operator == "+" else -1 for operator in text[1::2])
+    return int(text[0]) + sum(sign * int(digit) for sign, digit in zip(signs, text[2::2], strict=True))
 
 
 def is_right(digits: str, target: int, text: str) -> bool:
-    """Whether `text` is an expression that uses each of `digits` ("357") exactly once and equals `target`."""
+    """Whether `text` is an expression that uses each of `digits` ("3572") exactly once and equals `target`."""
     value = evaluate(text)
     return value is not None and value == target and sorted(text[::2]) == sorted(digits)
 
@@ -63,9 +58,9 @@ def right_answers(digits: str, target: int) -> list[str]:
 @cache
 def _answers_by_target(digits: str) -> dict[int, tuple[str, ...]]:
     answers: dict[int, list[str]] = {}
-    for a, b, c in sorted(set(permutations(digits))):
-        for first, second in product(OPERATORS, repeat=2):
-            text = f"{a}{first}{b}{second}{c}"
+    for order in sorted(set(permutations(digits))):
+        for operators in product(OPERATORS, repeat=NUM_DIGITS - 1):
+            text = order[0] + "".join(operator + digit for operator, digit in zip(operators, order[1:], strict=True))
             value = evaluate(text)
             assert value is not None, text
             answers.setdefault(value, []).append(text)
@@ -74,9 +69,12 @@ def _answers_by_target(digits: str) -> dict[int, tuple[str, ...]]:
 
 def split_of(digits: str, target: int) -> Split:
     """The split of a problem: the same on every machine and in every version, whatever the order of `digits`."""
+    return "held_out" if _hash(digits, target) % 100 < HELD_OUT_PERCENT else "train"
+
+
+def _hash(digits: str, target: int) -> int:
     # sha256, because Python's own hash of a string changes with every process.
-    key = sha256(f"{''.join(sorted(digits))}={target}".encode()).digest()
-    return "held_out" if int.from_bytes(key[:8], "big") % 100 < HELD_OUT_PERCENT else "train"
+    return int.from_bytes(sha256(f"{''.join(sorted(digits))}={target}".encode()).digest()[:8], "big")
 
 
 def prompt_text(digits: str, target: int) -> str:
@@ -99,25 +97,25 @@ def example(seed: int, index: int, split: Split = "train") -> tuple[Row, str]:
     # Counter-based: one independent generator per (seed, index), without a state to save.
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
     while True:
-        digits = "".join(DIGITS[i] for i in rng.integers(len(DIGITS), size=3))
-        a, b, c = (digits[i] for i in rng.permutation(3))
-        first, second = (OPERATORS[i] for i in rng.integers(len(OPERATORS), size=2))
-        answer = f"{a}{first}{b}{second}{c}"
+        digits = "".join(DIGITS[i] for i in rng.integers(len(DIGITS), size=NUM_DIGITS))
+        order = [digits[i] for i in rng.permutation(NUM_DIGITS)]
+        operators = [OPERATORS[i] for i in rng.integers(len(OPERATORS), size=NUM_DIGITS - 1)]
+        answer = order[0] + "".join(operator + digit for operator, digit in zip(operators, order[1:], strict=True))
         target = evaluate(answer)
         assert target is not None, answer
-        if 0 <= target <= MAX_TARGET and split_of(digits, target) == split:
+        if target >= 0 and split_of(digits, target) == split:
             return row(digits, target), answer
 
 
 def rows(split: Split) -> list[Row]:
-    """Every prompt of `split` once, in a fixed order. The same digits in another order are another prompt, not another problem.
+    """Every problem of `split` once, in a fixed order; the order in which a prompt shows its digits is drawn from the problem.
 
-    All prompts weigh the same here, while `example` shows those with many right answers more often: a model's pass@1 is a
-    few hundredths lower on these rows than on a stream.
+    All problems weigh the same here, while `example` shows those with many right answers more often.
     """
-    return [
-        row(digits, target)
-        for digits in map("".join, product(DIGITS, repeat=3))
-        for target in range(MAX_TARGET + 1)
-        if right_answers(digits, target) and split_of(digits, target) == split
-    ]
+    found = []
+    for digits in map("".join, combinations_with_replacement(DIGITS, NUM_DIGITS)):
+        for target in sorted(_answers_by_target(digits)):
+            if target >= 0 and split_of(digits, target) == split:
+                orders = sorted(set(permutations(digits)))
+                found.append(row("".join(orders[_hash(digits, target) // 100 % len(orders)]), target))
+    return found

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +76,8 @@ def _read_expressions(settings: ExpressionsData) -> Source:
             f"data.held_out_fraction={settings.held_out_fraction}: the expressions task always holds out {want}, "
             f"because its model was prepared on the rest. Leave the setting away."
         )
-    split: dict[str, list[dict[str, Any]]] = {"train": [], "held_out": []}
-    for digits in map("".join, product(expressions.DIGITS, repeat=3)):
-        for target in range(expressions.MAX_TARGET + 1):
-            if expressions.right_answers(digits, target):
-                split[expressions.split_of(digits, target)].append({**expressions.row(digits, target)})
-    return Source(name="expressions", train=_numbered(split["train"]), held_out=_numbered(split["held_out"]))
+    train, held_out = ([dict(row) for row in expressions.rows(split)] for split in ("train", "held_out"))
+    return Source(name="expressions", train=_numbered(train), held_out=_numbered(held_out))
 
 
 def _read_comparison(settings: ComparisonData) -> Source:

@@ -1,10 +1,14 @@
-"""The loop in one process: the same code that drives Ray, on transformers' generation."""
+"""The loop in one process: the same code that drives Ray, on transformers' generation.
+
+python tests/controller/test_loop.py      stores the loss curve anew
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -47,6 +51,11 @@ def without_times(row: dict) -> dict:
     return {name: value for name, value in row.items() if not name.startswith(("time/", "rate/"))}
 
 
+def curve(folder: Path) -> list[dict]:
+    names = ("reward/mean", "policy/loss", "policy/grad_norm", "entropy/mean")
+    return [{name: row[name] for name in names} for row in steps(folder)]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
@@ -70,12 +79,10 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(finished, tmp
 
 
 def test_the_loop_reproduces_its_stored_curve(finished):
-    """To a tolerance, because other processors round otherwise. After an intended change of numbers, store the new curve with
-    the commands in CONTRIBUTING.md and say why in the commit."""
-    names = ("reward/mean", "policy/loss", "policy/grad_norm", "entropy/mean")
-    curve = [{name: row[name] for name in names} for row in steps(finished)]
+    """To a tolerance, because other processors round otherwise. After an intended change of numbers, run this file to store the
+    new curve, and say why in the commit."""
     stored = json.loads(STORED_CURVE.read_text())
-    for mine, theirs in zip(curve, stored, strict=True):
+    for mine, theirs in zip(curve(finished), stored, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-6)
 
 
@@ -222,3 +229,9 @@ def test_a_group_with_one_scored_sample_is_dropped_and_counted(make_rollout):
     assert [rollout.sample_id for rollout in kept] == ["sample-2", "sample-3"]
     assert dropped["group"] == 2
     assert dropped["timeout"] == 3
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as temporary:
+        run(Path(temporary, "run"), evaluated=True)
+        STORED_CURVE.write_text(json.dumps(curve(Path(temporary, "run")), indent=1) + "\n")

@@ -29,6 +29,9 @@ ENVIRONMENT = {
 }
 
 
+MIN_BATCHED_TOKENS = 8192  # of one engine step: with room for all of a step's short prompts, they are prefilled together
+
+
 class VllmRolloutEngine:
     """Implements `Engine`."""
 
@@ -50,7 +53,7 @@ class VllmRolloutEngine:
             # A seeded request whose prompt is split over two scheduler steps crashes the CPU sampler of vLLM 0.32, so
             # prompts are never split, and a step has room for any of them.
             enable_chunked_prefill=False,
-            max_num_batched_tokens=max(2048, spec.max_model_tokens),
+            max_num_batched_tokens=max(MIN_BATCHED_TOKENS, spec.max_model_tokens),
             kv_cache_memory_bytes=spec.kv_cache_mib << 20,
             block_size=32,  # the default of 128 would never share a prompt shorter than that
             enforce_eager=spec.enforce_eager,

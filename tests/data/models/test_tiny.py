@@ -26,7 +26,7 @@ def pass_at_k(folder, *, group_size: int) -> tuple[float, float]:
             temperature=1.0,
             top_k=0,
             num_return_sequences=group_size,
-            max_new_tokens=8,
+            max_new_tokens=10,
         )
     texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     right = torch.tensor(
