@@ -160,7 +160,7 @@ class RolloutEngine:
     """Base of the engines' settings."""
 
     num_engines: int = 1
-    max_num_seqs: int = 256  # decoded together, per engine
+    max_num_seqs: int = 512  # decoded together, per engine
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: off

@@ -182,6 +182,8 @@ def test_a_missing_column_and_an_empty_data_set_are_found_before_any_worker_star
             "data=jsonl",
             "data.path=rows.jsonl",
             "reward.fn=exact_match",
+            "max_prompt_tokens=24",
+            "max_response_tokens=16",
             "cluster=inprocess",
             "rollout=transformers",
         ]
