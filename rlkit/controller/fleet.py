@@ -109,6 +109,7 @@ class Learners:
             )
             for index in range(count)
         ]
+        self._exporting: list[Pending] = []  # the other ranks' share of a gather under way
         self._all("begin", config)
 
     def update(self, batch: TrainBatch, *, divergence_coef: float | None, entropy_coef: float | None) -> StepStats:
@@ -148,9 +149,15 @@ class Learners:
         return self._handles[0].call("num_parts").result(self._deadline_s)
 
     def export_part(self, index: int, version: int) -> Pending:
-        return next(handle.call("export_part", index, version) for handle in self._handles)
+        first, *others = [handle.call("export_part", index, version) for handle in self._handles]
+        # Kept until the manifest waits for them: Ray may drop a call whose result nobody holds, and the gather would then
+        # wait for that rank for ever.
+        self._exporting += others
+        return first
 
     def manifest(self, version: int) -> Manifest:
+        exporting, self._exporting = self._exporting, []
+        wait(exporting, self._deadline_s)
         return self._handles[0].call("manifest", version).result(self._deadline_s)
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
