@@ -74,10 +74,11 @@ def test_an_untied_model_agrees_after_every_sync_of_a_run(tmp_path):
     from rlkit.data.models.loading import copy_tokenizer_files, load_model, resolve
 
     tied = load_model(resolve("tiny"), dtype=torch.float32)
+    weights = dict(tied.named_parameters())
     config = tied.config
     config.tie_word_embeddings = False
     untied = AutoModelForCausalLM.from_config(config)
-    untied.load_state_dict(tied.state_dict() | {"lm_head.weight": tied.get_input_embeddings().weight.detach().clone()})
+    untied.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].detach().clone()})
     untied.save_pretrained(tmp_path / "untied")
     copy_tokenizer_files(resolve("tiny"), tmp_path / "untied")
     rlkit(

@@ -65,7 +65,7 @@ def unpack(packed: PackedTensor) -> Tensor:
 
 def digest(packed: PackedTensor) -> str:
     header = f"{packed.dtype}{packed.shape}".encode()
-    return hashlib.blake2b(memoryview(packed.data), digest_size=16, key=header[:64]).hexdigest()
+    return hashlib.blake2b(packed.data.data, digest_size=16, key=header[:64]).hexdigest()
 
 
 def layer_groups(names: Sequence[str]) -> list[list[str]]:

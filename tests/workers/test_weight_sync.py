@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -60,12 +62,7 @@ def test_what_is_missing_or_extra_or_torn_is_named():
 
 
 class Scores:
-    """Learner or engine with given log-probs and layer outputs; nothing is sent in these tests."""
-
-    def unused(self, *_):
-        raise AssertionError("check_behaviour sends nothing")
-
-    num_parts = export_part = manifest = receive = commit = unused
+    """Learner or engine with given log-probs and layer outputs; a check sends nothing."""
 
     def __init__(self, scores, layers=None):
         self._scores, self._layers = np.array(scores, dtype=np.float32), layers or {}
@@ -82,9 +79,11 @@ class Scores:
 
 def test_float32_is_held_to_the_worst_token_and_bfloat16_to_the_mean():
     def check(gap, dtype):
+        learner: Any = Scores([-1.0] * 10, {"layers.0": np.ones(3)})
+        engine: Any = Scores([-1.0 - gap, *[-1.0] * 9], {"layers.0": np.zeros(3)})
         return check_behaviour(
-            Scores([-1.0] * 10, {"layers.0": np.ones(3)}),
-            Scores([-1.0 - gap, *[-1.0] * 9], {"layers.0": np.zeros(3)}),
+            learner,
+            engine,
             version=1,
             probes=[(1, 2)],
             tolerance=TOLERANCES[dtype],

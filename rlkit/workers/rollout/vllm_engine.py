@@ -92,7 +92,7 @@ class VllmRolloutEngine:
     def _completion(self, request: SampleRequest, output: CompletionOutput) -> Completion:
         ids = np.asarray(output.token_ids, dtype=np.int64)
         assert output.logprobs is not None  # asked for with logprobs=0
-        logprobs = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
+        logprobs = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True) if step]
         return Completion(
             sample_id=request.sample_id,
             response_ids=ids,
