@@ -126,7 +126,9 @@ def test_every_rlkit_command_runs(tmp_path):
 @pytest.mark.slow
 def test_the_users_own_divergence_trains(tmp_path):
     (tmp_path / "my_run.py").write_text(commands("python")[1])
-    words = [sys.executable, "my_run.py", "divergence=my_forward_kl", *SHORT, "num_steps=2", "evaluation=none", "run_dir=run"]
+    # Enough samples for the policy to move in the first step: until it has, every divergence is zero.
+    size = ["num_steps=2", "prompts_per_step=8", "group_size=8"]
+    words = [sys.executable, "my_run.py", "divergence=my_forward_kl", *size, "evaluation=none", "run_dir=run"]
     run(words, tmp_path)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["divergence/loss"] != 0

@@ -104,11 +104,12 @@ class Tolerance:
     layer: float  # mean relative difference of a layer's output, when looking for the culprit
 
 
-# float32 engines and learners agree to 3e-5, so 1e-4 is a real gate. In bfloat16 the two round differently (0.3 at worst
-# on one token), so only the mean is held: a stale or half-loaded model is far above 1.1.
+# float32 engines and learners agree to 3e-5, so 1e-4 is a real gate. In bfloat16 the two round differently, by up to 0.5 on
+# one token that the model finds unlikely, so only the mean is held. SmolLM2-135M on its own prompts is at 1.11; the same model
+# with a stale output head is 0.23 off in the mean, which is 1.26 or more.
 TOLERANCES = {
     "float32": Tolerance(max_abs=1e-4, mean_exp_abs=1.0001, layer=1e-4),
-    "bfloat16": Tolerance(max_abs=float("inf"), mean_exp_abs=1.1, layer=0.05),
+    "bfloat16": Tolerance(max_abs=float("inf"), mean_exp_abs=1.2, layer=0.05),
 }
 
 
