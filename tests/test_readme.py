@@ -19,7 +19,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BIN = Path(sys.executable).parent
-SHORT = ["num_steps=1", "prompts_per_step=2", "group_size=2"]  # appended, so that a command is tried and not waited for
+SHORT = [
+    "num_steps=1",
+    "prompts_per_step=2",
+    "group_size=2",
+    "max_response_tokens=16",
+]  # appended, so that a command is tried and not waited for
 
 
 def choices_table() -> str:
