@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,7 +118,8 @@ class Learner:
         Raises NumericalError after `learner.max_skipped_steps` non-finite steps in a row.
         """
         optimizer_settings = self.config.optimizer
-        rate = learning_rate(optimizer_settings, self.num_updates, self.total_updates)
+        total_updates = self.config.num_steps * self.config.optimizer_steps_per_step
+        rate = learning_rate(optimizer_settings, self.num_updates, total_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -144,11 +144,6 @@ class Learner:
                 f"{grad_norm}). Lower optimizer.learning_rate, or look at the dumped batches for the sample that causes it."
             )
         return StepStats(metrics=metrics, skipped=not finite)
-
-    @property
-    def total_updates(self) -> int:
-        config = self.config
-        return config.num_steps * config.optimizer_steps_per_batch * config.epochs_per_batch
 
     def _plan(self, batch: TrainBatch) -> list[list[int]]:
         """Microbatches of this rank; ranks with fewer go on with empty ones, because every forward is collective."""
@@ -316,9 +311,6 @@ class Learner:
             self.policy.model.config.dtype = dtype
             self.policy.model.save_pretrained(folder, state_dict=state)
             copy_tokenizer_files(self.model_folder, Path(folder))
-
-    def pid(self) -> int:
-        return os.getpid()
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
