@@ -58,6 +58,7 @@ TRAIN_EXAMPLES = """examples:
   rlkit train data=jsonl data.path=train.jsonl data.prompt_column=question reward.fn=my_rewards.py:exact
   rlkit train -m divergence=none,reverse_kl 'seed=range(1,4)'
   rlkit train dry_run=true group_size=8
+  rlkit train resume=runs/quickstart-20260101-120000      go on with a run that stopped
 """
 
 EVAL = """Evaluate a checkpoint on held-out prompts: mean reward, unbiased pass@k with 95 % intervals, distinct right answers.
@@ -173,7 +174,14 @@ def command_train(arguments: Sequence[str], prog: str = "rlkit train") -> int:
         return 0
     from rlkit.compose import Arm, compose, compose_arms
 
-    if given.multirun:
+    resumed = [word for word in given.overrides if word.startswith("resume=")]
+    if resumed:
+        if given.multirun or len(resumed) > 1:
+            raise ConfigError(f"{' '.join(resumed)}: one run is resumed at a time, without -m.")
+        given.overrides.remove(resumed[0])
+        folder = Path(resumed[0].partition("=")[2].strip("'\""))
+        arms = [Arm(label="", overrides=tuple(given.overrides), config=resumed_config(folder, given.overrides))]
+    elif given.multirun:
         arms = compose_arms(given.overrides)
     else:
         arms = [Arm(label="", overrides=tuple(given.overrides), config=compose(given.overrides))]
@@ -190,8 +198,24 @@ def command_train(arguments: Sequence[str], prog: str = "rlkit train") -> int:
         return run_sweep(arms, train)
     config = arms[0].config
     with open_cluster(config.cluster) as cluster:
-        train(config, cluster)
+        train(config, cluster, resume=bool(resumed))
     return 0
+
+
+def resumed_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
+    """The run's own settings, with `overrides` of what may change while it goes on."""
+    from dataclasses import replace
+
+    from rlkit.compose import compose, read_stored
+
+    stored = read_stored(folder)
+    before, now = compose(stored=stored), compose(overrides, stored=stored)
+    for key in ("model", "data", "seed", "prompts_per_step", "group_size"):
+        if getattr(now, key) != getattr(before, key):
+            raise ConfigError(f"{key}: a run that is resumed keeps its {key}. Start a new run, from the checkpoint if you like.")
+    if type(now.optimizer) is not type(before.optimizer):
+        raise ConfigError("optimizer: a run that is resumed keeps its optimiser, whose state is in the checkpoint.")
+    return replace(now, run_dir=str(folder))
 
 
 def rehearse(config: RunConfig) -> None:

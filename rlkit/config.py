@@ -80,6 +80,7 @@ class RunConfig:
     max_prompt_tokens: int = 512
     max_response_tokens: int = 512
     checkpoint_every: int = 0  # steps; 0: only at the end
+    keep_checkpoints: int = 3  # the newest ones; the best on held-out prompts stays as well
     aggregation: Aggregation = Aggregation.seq_mean_token_mean  # of the per-token objective over one optimiser step
 
     model: Model = MISSING
@@ -320,6 +321,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         "epochs_per_batch",
         "max_prompt_tokens",
         "max_response_tokens",
+        "keep_checkpoints",
     ):
         if (value := getattr(config, key)) < 1:
             yield f"{key}={value}: write 1 or more."

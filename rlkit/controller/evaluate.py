@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,26 @@ class Evaluation:
                 f"evaluation/{name}_high": high,
             }
         return out | {"evaluation/num_prompts": float(len(self.prompt_ids)), "evaluation/failed_samples": float(self.num_failed)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them back to the last bit."""
+        return {
+            "prompt_ids": list(self.prompt_ids),
+            "rewards": self.rewards.tolist(),
+            "pass_at": {str(k): values.tolist() for k, values in self.pass_at.items()},
+            "distinct": self.distinct.tolist(),
+            "num_failed": self.num_failed,
+        }
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Evaluation:
+        return cls(
+            prompt_ids=tuple(stored["prompt_ids"]),
+            rewards=np.array(stored["rewards"]),
+            pass_at={int(k): np.array(values) for k, values in stored["pass_at"].items()},
+            distinct=np.array(stored["distinct"]),
+            num_failed=stored["num_failed"],
+        )
 
 
 def gain(before: Evaluation, after: Evaluation, k: int = 1) -> tuple[float, float, float]:

@@ -141,7 +141,12 @@ class Learners:
         self._all("set_reference_head", head)
 
     def save(self, folder: str) -> None:
+        """Weights, and every rank's own state, into an existing folder."""
         self._all("save", folder)
+
+    def restore(self, folder: str) -> None:
+        """What `save` wrote, with as many ranks as there are now."""
+        self._all("restore", folder)
 
     # What a weight sync asks of it (`weight_sync.LearnerSide`); all ranks take part, rank 0 answers.
 

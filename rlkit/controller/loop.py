@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,25 +13,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlkit.config import RunConfig
-from rlkit.controller.checkpoint import save_checkpoint
+from rlkit.controller.checkpoint import checkpoint_folder, newest_valid, prune, save_checkpoint
+from rlkit.controller.clock import Clock
 from rlkit.controller.cluster import Cluster
 from rlkit.controller.evaluate import Evaluation, evaluate, gain
+from rlkit.controller.filtering import rollout_metrics, trainable
 from rlkit.controller.fleet import Engines, Learners, ReferenceScorer
+from rlkit.controller.preemption import Preemption, StopRequested
+from rlkit.controller.progress import Coefficients, Progress
 from rlkit.controller.sampling import Sampled, Sampler
 from rlkit.controller.tracking import Tracker
-from rlkit.core.control import ControlState
-from rlkit.core.divergences import FDivergence
-from rlkit.core.entropy import EntropyBonus
 from rlkit.data.collate import collate, group_index, minibatches, response_mask, token_rewards
 from rlkit.data.models.loading import context_length, load_tokenizer, resolve, stop_token_ids
 from rlkit.data.order import PromptOrder
 from rlkit.data.prompts import PromptSet, load_prompts
 from rlkit.data.rewards.pool import RewardPool
-from rlkit.errors import ConfigError
+from rlkit.errors import ConfigError, Preempted, ResourceError, WorkerError
 from rlkit.metrics import Metric, merge, values
 from rlkit.settings import HeldOut
-from rlkit.types import FinishReason, RewardStatus, Rollout, SamplingSpec, TrainBatch
+from rlkit.types import Rollout, SamplingSpec, TrainBatch
 from rlkit.workers.weight_sync import TOLERANCES, SyncReport, sync_weights
+
+MAX_FAILED_SAVES = 2  # in a row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,33 +47,62 @@ class RunSummary:
     after: Evaluation | None
 
 
-def train(config: RunConfig, cluster: Cluster) -> RunSummary:
-    """Train the policy as the settings say. Whatever cannot work is found before the first worker starts."""
+def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSummary:
+    """Train the policy as the settings say. Whatever cannot work is found before the first worker starts.
+
+    `resume`: go on with the run in `run_dir` from its newest whole checkpoint. SIGTERM or Ctrl-C saves a checkpoint and raises
+    Preempted; every other failure that a run can be resumed after says so.
+    """
     run_dir = Path(config.run_dir or f"runs/{config.experiment_name}-{datetime.now():%Y%m%d-%H%M%S}")
     folder = resolve(config.model.path)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     check_context(config, folder)
     stops = stop_token_ids(folder, tokenizer)
-    with RewardPool(config.reward, base_dir=Path.cwd()) as rewards:
+    with ExitStack() as stack:
+        rewards = stack.enter_context(RewardPool(config.reward, base_dir=Path.cwd()))
         prompts = load_prompts(
             config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, reward_columns=rewards.signature.columns
         )
-        with Tracker(run_dir, config) as tracker:
-            engines, learner = Engines(config, cluster), Learners(config, cluster)
-            run = Run(
-                config=config,
-                run_dir=run_dir,
-                prompts=prompts,
-                order=PromptOrder(len(prompts.train), config.seed),
-                sampling=config.sampling(stops),
-                tracker=tracker,
-                engines=engines,
-                learner=learner,
-                reference=start_reference(config, cluster, learner),
-                sampler=Sampler(engines=engines, rewards=rewards, tokenizer=tokenizer, seed=config.seed),
-                coefficients=Coefficients.start(config),
-            )
+        fingerprint = prompts.fingerprint()
+        found, passed_over = newest_valid(run_dir) if resume else (None, [])
+        progress = Progress(coefficients=Coefficients.start(config))
+        if found is not None:
+            progress = Progress.from_json(found.progress, config, fingerprint)
+        resume_after = (progress.step if found else -1) if resume else None
+        tracker = stack.enter_context(Tracker(run_dir, config, resume_after=resume_after))
+        for reason in passed_over:
+            tracker.message(f"Passed over: {reason}")
+        if resume:
+            tracker.message(f"Going on after step {progress.step}." if found else "Nothing was saved yet: starting with step 1.")
+        preemption = stack.enter_context(Preemption())
+        engines, learner = Engines(config, cluster), Learners(config, cluster)
+        if found is not None:
+            learner.restore(str(found.folder.resolve()))
+        run = Run(
+            config=config,
+            run_dir=run_dir,
+            prompts=prompts,
+            fingerprint=fingerprint,
+            order=PromptOrder(len(prompts.train), config.seed),
+            sampling=config.sampling(stops),
+            tracker=tracker,
+            engines=engines,
+            learner=learner,
+            reference=start_reference(config, cluster, learner),
+            sampler=Sampler(engines=engines, rewards=rewards, tokenizer=tokenizer, seed=config.seed),
+            preemption=preemption,
+            progress=progress,
+        )
+        how = f"Go on with: rlkit train resume={run_dir}"
+        try:
             return run.train()
+        except StopRequested:
+            run.finish(stopped=f"stopped by {preemption.requested}")
+            raise Preempted(
+                f"Stopped by {preemption.requested} after step {run.progress.step} of {config.num_steps}, and saved. {how}"
+            ) from None
+        except WorkerError as error:
+            raise type(error)(f"{error} {how}") from error
 
 
 def check_context(config: RunConfig, folder: str) -> None:
@@ -95,35 +126,14 @@ def start_reference(config: RunConfig, cluster: Cluster, learner: Learners) -> R
     return reference
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Coefficients:
-    """The loss terms' multipliers, moved by the controller once per optimiser step; None where the term is off."""
-
-    divergence: ControlState | None
-    entropy: ControlState | None
-
-    @classmethod
-    def start(cls, config: RunConfig) -> Coefficients:
-        divergence, entropy = config.divergence, config.entropy
-        return cls(
-            divergence=config.control.initial(divergence.coef) if isinstance(divergence, FDivergence) else None,
-            entropy=config.control.initial(entropy.coef) if isinstance(entropy, EntropyBonus) else None,
-        )
-
-    def update(self, config: RunConfig, metrics: dict[str, Metric], num_sequences: int) -> Coefficients:
-        def moved(state: ControlState | None, measured: str) -> ControlState | None:
-            return state and config.control.update(state, metrics[measured].value, num_sequences)
-
-        return Coefficients(divergence=moved(self.divergence, "kl/ref_token_mean"), entropy=moved(self.entropy, "entropy/mean"))
-
-
 @dataclass(kw_only=True, slots=True)
 class Run:
-    """One run's workers and state."""
+    """One run's workers and state. `step` counts the finished steps; everything at `step` follows from what is checkpointed."""
 
     config: RunConfig
     run_dir: Path
     prompts: PromptSet
+    fingerprint: str
     order: PromptOrder
     sampling: SamplingSpec
     tracker: Tracker
@@ -131,44 +141,60 @@ class Run:
     learner: Learners
     reference: ReferenceScorer | None
     sampler: Sampler
-    coefficients: Coefficients
+    preemption: Preemption
+    progress: Progress
+    failed_saves: int = 0  # in a row
 
     def train(self) -> RunSummary:
-        config = self.config
-        self.sync(version=0)
-        before = self.evaluate(step=0)
-        after, evaluated_at = before, 0
-        checkpoint = None
-        for step in range(1, config.num_steps + 1):
-            clock = Clock()
+        self.sync()
+        self.settle()
+        while self.progress.step < self.config.num_steps:
+            self.train_step()
+            self.settle()
+        return self.finish(stopped=None)
+
+    def train_step(self) -> None:
+        """One batch of rollouts: sampled, scored, learnt from; the new weights are on every engine at the end."""
+        step = self.progress.step + 1
+        clock = Clock()
+        with self.preemption.interruptible():
             sampled = self.sample(step)
-            clock.add("generate", sampled.generate_s)
-            clock.add("reward", sampled.reward_s)
-            rollouts, dropped = trainable(sampled.rollouts)
-            metrics = rollout_metrics(sampled, rollouts, dropped)
-            advantages: Tensor | None = None
-            if rollouts:
-                with clock.time("score"):
-                    batch, advantages = self.prepare(rollouts)
-                with clock.time("learn"):
-                    metrics |= self.learn(step, batch)
-                report = self.sync(version=step)
-                clock.add("sync", report.sync_s)
-                clock.add("sync_check", report.check_s)
-                metrics |= {"sync/probe_max": report.max_abs, "sync/probe_exp_mean": report.mean_exp_abs}
-            else:
-                self.tracker.message(f"Step {step}: no group has two scored samples, so nothing was learnt from it.")
-            self.report(step, metrics, clock, sampled, rollouts, advantages)
-            if self.evaluation_is_due(step):
-                after, evaluated_at = self.evaluate(step=step, before=before), step
-            if config.checkpoint_every and step % config.checkpoint_every == 0:
-                checkpoint = save_checkpoint(self.learner, self.run_dir, step)
-        if evaluated_at != config.num_steps:
-            after = self.evaluate(step=config.num_steps, before=before)
-        if checkpoint is None or checkpoint.name != f"step_{config.num_steps:06d}":
-            checkpoint = save_checkpoint(self.learner, self.run_dir, config.num_steps)
-        self.tracker.finish(checkpoint=checkpoint, stopped=None)
-        return RunSummary(run_dir=self.run_dir, checkpoint=checkpoint, before=before, after=after)
+        clock.add("generate", sampled.generate_s)
+        clock.add("reward", sampled.reward_s)
+        rollouts, dropped = trainable(sampled.rollouts)
+        metrics = rollout_metrics(sampled, rollouts, dropped)
+        advantages: Tensor | None = None
+        if rollouts:
+            with clock.time("score"):
+                batch, advantages = self.prepare(rollouts)
+            with clock.time("learn"):
+                metrics |= self.learn(step, batch)
+        else:
+            self.tracker.message(f"Step {step}: no group has two scored samples, so nothing was learnt from it.")
+        self.progress.step = step
+        if rollouts:
+            report = self.sync()
+            clock.add("sync", report.sync_s)
+            clock.add("sync_check", report.check_s)
+            metrics |= {"sync/probe_max": report.max_abs, "sync/probe_exp_mean": report.mean_exp_abs}
+        self.report(step, metrics, clock, sampled, rollouts, advantages)
+
+    def settle(self) -> None:
+        """What is due between two steps: evaluation, then a checkpoint. A request to stop is honoured here too."""
+        if self.evaluation_is_due():
+            with self.preemption.interruptible():
+                self.evaluate()
+        if self.checkpoint_is_due():
+            self.save()
+        self.preemption.check()
+
+    def finish(self, *, stopped: str | None) -> RunSummary:
+        """Plots, summary, and the last checkpoint if it is not there yet."""
+        if self.progress.saved_at != self.progress.step:
+            self.save()
+        checkpoint = checkpoint_folder(self.run_dir, self.progress.step)
+        self.tracker.finish(checkpoint=checkpoint, stopped=stopped)
+        return RunSummary(run_dir=self.run_dir, checkpoint=checkpoint, before=self.progress.before, after=self.progress.after)
 
     def sample(self, step: int) -> Sampled:
         """The step's rollouts. Submitting and collecting are apart, so that a later step's can be under way meanwhile."""
@@ -200,7 +226,7 @@ class Run:
         for epoch in range(config.epochs_per_batch):
             order_seed = (config.seed << 32) + step * config.epochs_per_batch + epoch
             for number, part in enumerate(minibatches(batch, config.optimizer_steps_per_batch, seed=order_seed)):
-                coefficients = self.coefficients
+                coefficients = self.progress.coefficients
                 stats = self.learner.update(
                     part,
                     divergence_coef=coefficients.divergence and coefficients.divergence.coef,
@@ -210,7 +236,7 @@ class Run:
                 if stats.skipped:
                     self.dump(f"step_{step:06d}-{epoch}-{number}", part)
                 else:
-                    self.coefficients = coefficients.update(config, stats.metrics, part.num_rows)
+                    self.progress.coefficients = coefficients.update(config, stats.metrics, part.num_rows)
         return values(merge(parts))
 
     def dump(self, name: str, batch: TrainBatch) -> None:
@@ -221,12 +247,12 @@ class Run:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{name}.safetensors")
         self.tracker.message(f"{name}: loss or gradient not finite; the weights did not move. The batch is in {folder}.")
 
-    def sync(self, *, version: int) -> SyncReport:
+    def sync(self) -> SyncReport:
         """The learner's weights on every engine, proved, before anything else is sampled."""
         return sync_weights(
             self.learner,
             self.engines,
-            version=version,
+            version=self.progress.step,
             probes=self.probes(),
             tolerance=TOLERANCES[self.config.model.dtype.value],
         )
@@ -239,14 +265,17 @@ class Run:
         draws = np.random.Generator(np.random.Philox(key=self.config.seed)).choice(vocabulary, (2, length))
         return [*real, *(tuple(int(token) for token in row) for row in draws)]
 
-    def evaluation_is_due(self, step: int) -> bool:
-        settings = self.config.evaluation
-        return isinstance(settings, HeldOut) and settings.every > 0 and step % settings.every == 0
+    def evaluation_is_due(self) -> bool:
+        settings, progress = self.config.evaluation, self.progress
+        if not isinstance(settings, HeldOut) or progress.evaluated_at == progress.step:
+            return False
+        ends = progress.step in (0, self.config.num_steps)
+        return ends or (settings.every > 0 and progress.step % settings.every == 0)
 
-    def evaluate(self, *, step: int, before: Evaluation | None = None) -> Evaluation | None:
-        settings = self.config.evaluation
-        if not isinstance(settings, HeldOut):
-            return None
+    def evaluate(self) -> None:
+        """Held-out prompts, and what was gained on them since before the first step."""
+        settings, progress = self.config.evaluation, self.progress
+        assert isinstance(settings, HeldOut)  # evaluation_is_due asked
         evaluation = evaluate(
             self.sampler,
             self.prompts.held_out,
@@ -255,11 +284,38 @@ class Run:
             stop_token_ids=self.sampling.stop_token_ids,
         )
         metrics = evaluation.metrics()
-        if before is not None and before.prompt_ids == evaluation.prompt_ids and 1 in settings.ks:
+        before = progress.before
+        if before is None:
+            progress.before = evaluation
+        elif before.prompt_ids == evaluation.prompt_ids and 1 in settings.ks:
             names = ("evaluation/pass@1_gain", "evaluation/pass@1_gain_low", "evaluation/pass@1_gain_high")
             metrics |= dict(zip(names, gain(before, evaluation), strict=True))
-        self.tracker.evaluation(step, metrics)
-        return evaluation
+        progress.after, progress.evaluated_at = evaluation, progress.step
+        self.tracker.evaluation(progress.step, metrics)
+
+    def checkpoint_is_due(self) -> bool:
+        every, step = self.config.checkpoint_every, self.progress.step
+        return self.progress.saved_at != step and every > 0 and step > 0 and step % every == 0
+
+    def save(self) -> None:
+        """A checkpoint of this step; then the ones that it makes superfluous go.
+
+        A disk that refuses is reported and training goes on, but not for ever: raises ResourceError the second time in a row.
+        """
+        progress = self.progress
+        last_saved, progress.saved_at = progress.saved_at, progress.step
+        progress.note_best()
+        try:
+            save_checkpoint(self.learner, self.run_dir, progress.step, progress.to_json(self.fingerprint))
+        except ResourceError as error:
+            progress.saved_at = last_saved
+            self.failed_saves += 1
+            if self.failed_saves == MAX_FAILED_SAVES or progress.step == self.config.num_steps:
+                raise
+            self.tracker.message(f"{error} Training goes on; the checkpoint before it is whole.")
+            return
+        self.failed_saves = 0
+        prune(self.run_dir, keep_last=self.config.keep_checkpoints, best=progress.best_step)
 
     def report(
         self,
@@ -282,73 +338,3 @@ class Run:
             by_id = {rollout.sample_id: float(advantages[row, 0]) for row, rollout in enumerate(rollouts)}
         self.tracker.rollouts(step, sampled.rollouts, [by_id.get(r.sample_id, float("nan")) for r in sampled.rollouts])
         self.tracker.step(step, metrics, timings)
-
-
-def trainable(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Counter[str]]:
-    """The rollouts to learn from: scored ones whose group has at least two. Also what was left out, by reason.
-
-    A failed reward is not a zero: the sample leaves its group's mean, its std and every denominator.
-    """
-    dropped: Counter[str] = Counter()
-    scored = [rollout for rollout in rollouts if rollout.status is RewardStatus.ok]
-    for rollout in rollouts:
-        if rollout.status is not RewardStatus.ok:
-            dropped[rollout.status.value] += 1
-    sizes = Counter(rollout.group_id for rollout in scored)
-    kept = [rollout for rollout in scored if sizes[rollout.group_id] >= 2]
-    dropped["group"] = len({rollout.group_id for rollout in rollouts}) - sum(size >= 2 for size in sizes.values())
-    return kept, dropped
-
-
-def rollout_metrics(sampled: Sampled, kept: Sequence[Rollout], dropped: Counter[str]) -> dict[str, float]:
-    """What the rollouts say before anything is learnt from them."""
-    rollouts = sampled.rollouts
-    lengths = np.array([len(rollout.response_ids) for rollout in rollouts], dtype=float)
-    metrics = {
-        "reward/ok_fraction": sum(r.status is RewardStatus.ok for r in rollouts) / len(rollouts),
-        "length/mean": float(lengths.mean()),
-        "length/max": float(lengths.max()),
-        "length/frac_truncated": sum(r.finish_reason is FinishReason.length for r in rollouts) / len(rollouts),
-        "group/dropped": float(dropped["group"]),
-    }
-    metrics |= {f"reward/{s.value}": float(dropped[s.value]) for s in RewardStatus if dropped[s.value]}
-    if kept:
-        rewards = np.array([rollout.reward for rollout in kept], dtype=float)
-        groups = group_index(kept).numpy()
-        spread = [np.ptp(rewards[groups == group]) for group in np.unique(groups)]
-        metrics |= {
-            "reward/mean": float(rewards.mean()),
-            "reward/std": float(rewards.std()),
-            "group/frac_zero_std": float(np.mean(np.array(spread) == 0)),
-        }
-    return metrics
-
-
-class Clock:
-    """Where one step's time goes. What nobody claimed shows as the rest."""
-
-    def __init__(self):
-        self._start = time.monotonic()
-        self._parts: Counter[str] = Counter()
-
-    def add(self, name: str, seconds: float) -> None:
-        self._parts[f"time/{name}_s"] += seconds  # pyright: ignore[reportArgumentType]
-
-    def time(self, name: str) -> Stopwatch:
-        return Stopwatch(self, name)
-
-    def stop(self) -> dict[str, float]:
-        return dict(self._parts) | {"time/step_s": time.monotonic() - self._start}
-
-
-class Stopwatch:
-    """Adds the time of a `with` block to a clock."""
-
-    def __init__(self, clock: Clock, name: str):
-        self._clock, self._name = clock, name
-
-    def __enter__(self) -> None:
-        self._start = time.monotonic()
-
-    def __exit__(self, *exception: object) -> None:
-        self._clock.add(self._name, time.monotonic() - self._start)

@@ -28,6 +28,13 @@ class PromptSet:
     held_out: list[Prompt]  # in an order by hash of the id, so that its first n are a fair sample
     dropped: dict[str, int] = field(default_factory=dict)  # rows left out, by reason
 
+    def fingerprint(self) -> str:
+        """Of the prompts to train on, their tokens and their order: a run can be continued only on the same."""
+        digest = sha256()
+        for prompt in self.train:
+            digest.update(f"{prompt.id}\x1f{prompt.prompt_ids}\x1e".encode())
+        return digest.hexdigest()[:16]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Offender:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import cast
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlkit.config import RunConfig
 from rlkit.core.divergences import FDivergence
@@ -25,7 +28,7 @@ from rlkit.core.reduce import Denominators, reduce
 from rlkit.data.collate import plan_microbatches
 from rlkit.data.models.loading import copy_tokenizer_files, load_model, resolve
 from rlkit.data.models.policy import Policy, ReferenceStates
-from rlkit.errors import DataError, NumericalError
+from rlkit.errors import DataError, NumericalError, ResourceError
 from rlkit.metrics import Last, Max, Mean, Metric, Min, Sum, merge
 from rlkit.settings import AdamW, Dtype, Optimizer, Schedule
 from rlkit.types import StepStats, TrainBatch
@@ -299,18 +302,87 @@ class Learner:
             self.score([sequence])
         return outputs
 
+    # --- checkpoints ----------------------------------------------------------------------------------------------------
+
     def save(self, folder: str) -> None:
-        """Write the policy in Hugging Face format, tokenizer included; `folder` must exist."""
-        state = {}
+        """Write the policy in Hugging Face format, tokenizer included, and under `state/` what `restore` needs of this rank.
+
+        Both folders must exist. Raises ResourceError when the disk refuses.
+        """
+        weights = {}
         dtype = getattr(torch, self.config.model.dtype.value)
         for name, parameter in self.policy.model.named_parameters():
             whole = full_tensor(parameter)
             if self.rank.is_first:
-                state[name] = whole.to(dtype).cpu()
-        if self.rank.is_first:
-            self.policy.model.config.dtype = dtype
-            self.policy.model.save_pretrained(folder, state_dict=state)
-            copy_tokenizer_files(self.model_folder, Path(folder))
+                weights[name] = whole.to(dtype).cpu()
+        try:
+            if self.rank.is_first:
+                self.policy.model.config.dtype = dtype
+                self.policy.model.save_pretrained(folder, state_dict=weights)
+                copy_tokenizer_files(self.model_folder, Path(folder))
+                counters = {"num_updates": self.num_updates, "skipped_in_a_row": self.skipped_in_a_row}
+                (Path(folder) / "state" / "learner.json").write_text(json.dumps(counters), encoding="utf-8")
+            shards = {name: local_tensor(tensor).contiguous() for name, tensor in self._state_tensors().items()}
+            save_file(shards, shard_file(folder, self.rank.index, self.rank.count))
+        except (OSError, SafetensorError) as error:
+            raise ResourceError(f"learner rank {self.rank.index}: {folder} cannot be written ({error}).") from error
+
+    def restore(self, folder: str) -> None:
+        """Go on from what `save` wrote, with any number of ranks: weights, optimiser state and counters as they were, bit for bit.
+
+        Raises DataError when the checkpoint is of another model or optimiser.
+        """
+        counters = json.loads((Path(folder) / "state" / "learner.json").read_text(encoding="utf-8"))
+        self.num_updates, self.skipped_in_a_row = counters["num_updates"], counters["skipped_in_a_row"]
+        parameters = dict(self.policy.model.named_parameters())
+        with ExitStack() as stack, torch.no_grad():
+            shards = [stack.enter_context(safe_open(file, "pt")) for file in shard_files(folder)]
+            for key in shards[0].keys():  # noqa: SIM118  safe_open has no iterator
+                kind, _, name = key.partition(".")
+                if name not in parameters:
+                    raise DataError(
+                        f"{folder}: holds {name}, which the model of this run has not. Resume with the run's own model."
+                    )
+                parameter = parameters[name]
+                parts = [shard.get_tensor(key) for shard in shards]
+                if kind == "step":  # the optimiser's own counter: a number, the same on every rank
+                    self.optimizer.state[parameter][kind] = parts[0]
+                    continue
+                value = sharded_like(parameter, torch.cat(parts))
+                if kind == "parameter":
+                    parameter.copy_(value)
+                else:
+                    self.optimizer.state[parameter][kind] = value
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor of all that learning changes: `parameter.<name>`, and `<state>.<name>` for the optimiser's state."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.policy.model.named_parameters():
+            tensors[f"parameter.{name}"] = parameter.detach()
+            tensors |= {f"{kind}.{name}": value for kind, value in self.optimizer.state.get(parameter, {}).items()}
+        return tensors
+
+
+def shard_file(folder: str, index: int, count: int) -> Path:
+    return Path(folder) / "state" / f"learner-{index}-of-{count}.safetensors"
+
+
+def shard_files(folder: str) -> list[Path]:
+    """Of every rank that saved, in order."""
+    found = list((Path(folder) / "state").glob("learner-*-of-*.safetensors"))
+    return sorted(found, key=lambda file: int(file.name.split("-")[1]))
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """`whole` [the parameter's global shape] laid out as the parameter is: this rank's rows of it."""
+    if not isinstance(parameter, DTensor):
+        return whole.to(parameter.device)
+    return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def full_tensor(parameter: Tensor) -> Tensor:

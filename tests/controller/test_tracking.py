@@ -489,7 +489,7 @@ def test_a_resumed_run_measures_the_lost_steps_once(tmp_path, capsys):
             tracker.step(step, step_metrics(step), TIMINGS)
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 4, "reward/me')  # a crash in the middle of a line
-    with Tracker(tmp_path, run_config(), start_step=2) as tracker:
+    with Tracker(tmp_path, run_config(), resume_after=2) as tracker:
         for step in (3, 4):
             tracker.step(step, {"reward/mean": 0.9}, {})
     assert [(row["step"], row.get("reward/mean")) for row in read_jsonl(tmp_path)] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from rlkit.config import CHOICES, RunConfig
 from rlkit.errors import ConfigError, DataError
 from rlkit.types import Rollout
 
+LOCK = ".lock"
 _TOKENS = pa.list_(pa.int32())
 _ROLLOUT_SCHEMA = pa.schema(
     {
@@ -50,13 +52,32 @@ _ROLLOUT_SCHEMA = pa.schema(
 )
 
 
-def claim_folder(run_dir: Path, *, resumes: bool) -> None:
-    """Make the folder. Raises ConfigError where another run's files would be mixed with this one's."""
+def claim_folder(run_dir: Path, *, resumes: bool) -> TextIO:
+    """Make the folder and hold it until the returned file is closed or this process ends.
+
+    Raises ConfigError where another run's files would be mixed with this one's, or another process works in it.
+    """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir={run_dir} is a file. Choose the name of a new folder.")
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not resumes and any(run_dir.iterdir()):
-        raise ConfigError(f"run_dir={run_dir} already has files in it. Choose a new folder, or leave run_dir unset to get one.")
+    lock = (run_dir / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
+    except OSError as error:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise ConfigError(f"run_dir={run_dir}: {holder} is training there. Wait for it, or choose another folder.") from error
+    if not resumes and any(entry.name != LOCK for entry in run_dir.iterdir()):
+        lock.close()
+        raise ConfigError(
+            f"run_dir={run_dir} already has files in it. Choose a new folder, leave run_dir unset to get one, or go on with that "
+            f"run: rlkit train resume={run_dir}"
+        )
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}\n")
+    lock.flush()
+    return lock
 
 
 def write_atomically(path: Path, text: str) -> None:

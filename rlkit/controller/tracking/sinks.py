@@ -28,9 +28,9 @@ class Sink(Protocol):
 class JsonlSink:
     """One JSON object a line, on disk before the call returns. A value that is not finite is null: JSON has no NaN."""
 
-    def __init__(self, path: Path, *, start_step: int):
-        if path.exists():  # a resumed run measures the steps after start_step again
-            kept = [row for row in read_rows(path) if row["step"] <= start_step]
+    def __init__(self, path: Path, *, keep_until: int):
+        if path.exists():  # a resumed run measures the steps after keep_until again
+            kept = [row for row in read_rows(path) if row["step"] <= keep_until]
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
 
@@ -48,10 +48,10 @@ class JsonlSink:
 class TensorBoardSink:
     """Event files for `tensorboard --logdir`."""
 
-    def __init__(self, folder: Path, *, start_step: int):
+    def __init__(self, folder: Path, *, keep_until: int):
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=keep_until + 1 if folder.exists() else None)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

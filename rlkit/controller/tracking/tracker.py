@@ -25,13 +25,15 @@ from rlkit.types import Rollout
 class Tracker:
     """Records a run in its folder and shows it on the console. Steps are numbered from 1; step 0 is before the first.
 
-    `start_step` is the last step that an interrupted run in this folder had saved: what was measured after it is dropped,
-    because it will be measured again. Raises ConfigError when the folder holds another run, ResourceError when a chosen sink
-    cannot start.
+    `resume_after` is the last step that an interrupted run in this folder had saved, -1 if it saved none: what was measured
+    after it is dropped, because it will be measured again. None: a new run. Raises ConfigError when the folder holds another run
+    or a running one, ResourceError when a chosen sink cannot start.
     """
 
-    def __init__(self, run_dir: Path, config: RunConfig, *, start_step: int = 0):
-        files.claim_folder(run_dir, resumes=start_step > 0)
+    def __init__(self, run_dir: Path, config: RunConfig, *, resume_after: int | None = None):
+        keep_until = -1 if resume_after is None else resume_after
+        start_step = max(keep_until, 0)
+        self._lock = files.claim_folder(run_dir, resumes=resume_after is not None)
         self._run_dir, self._config, self._start_step = run_dir, config, start_step
         self._started = time.monotonic()
         settings = plain_settings(config)
@@ -41,8 +43,8 @@ class Tracker:
         files.write_settings(run_dir, config, settings)
         files.write_versions(run_dir / "versions.json")
         self._log = (run_dir / "log.txt").open("a", encoding="utf-8")
-        self._sinks.append(JsonlSink(run_dir / "metrics.jsonl", start_step=start_step))
-        self._sinks.append(TensorBoardSink(run_dir / "tensorboard", start_step=start_step))
+        self._sinks.append(JsonlSink(run_dir / "metrics.jsonl", keep_until=keep_until))
+        self._sinks.append(TensorBoardSink(run_dir / "tensorboard", keep_until=keep_until))
         self._display = open_display(
             title=config.experiment_name, subtitle=str(run_dir), num_steps=config.num_steps, start_step=start_step
         )
@@ -55,6 +57,7 @@ class Tracker:
         if kind is not None:
             self._write_log(f"{kind.__name__}: {error}")  # the command line shows it; the folder keeps it
         with ExitStack() as closing:  # each is closed, even where another fails to
+            closing.callback(self._lock.close)
             closing.callback(self._log.close)
             for sink in self._sinks:
                 closing.callback(sink.close)

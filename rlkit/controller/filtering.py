@@ -1,0 +1,52 @@
+"""Which of a step's rollouts are learnt from, and what all of them say before anything is learnt."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlkit.controller.sampling import Sampled
+from rlkit.data.collate import group_index
+from rlkit.types import FinishReason, RewardStatus, Rollout
+
+
+def trainable(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Counter[str]]:
+    """The rollouts to learn from: scored ones whose group has at least two. Also what was left out, by reason.
+
+    A failed reward is not a zero: the sample leaves its group's mean, its std and every denominator.
+    """
+    dropped: Counter[str] = Counter()
+    scored = [rollout for rollout in rollouts if rollout.status is RewardStatus.ok]
+    for rollout in rollouts:
+        if rollout.status is not RewardStatus.ok:
+            dropped[rollout.status.value] += 1
+    sizes = Counter(rollout.group_id for rollout in scored)
+    kept = [rollout for rollout in scored if sizes[rollout.group_id] >= 2]
+    dropped["group"] = len({rollout.group_id for rollout in rollouts}) - sum(size >= 2 for size in sizes.values())
+    return kept, dropped
+
+
+def rollout_metrics(sampled: Sampled, kept: Sequence[Rollout], dropped: Counter[str]) -> dict[str, float]:
+    """What the rollouts say before anything is learnt from them."""
+    rollouts = sampled.rollouts
+    lengths = np.array([len(rollout.response_ids) for rollout in rollouts], dtype=float)
+    metrics = {
+        "reward/ok_fraction": sum(r.status is RewardStatus.ok for r in rollouts) / len(rollouts),
+        "length/mean": float(lengths.mean()),
+        "length/max": float(lengths.max()),
+        "length/frac_truncated": sum(r.finish_reason is FinishReason.length for r in rollouts) / len(rollouts),
+        "group/dropped": float(dropped["group"]),
+    }
+    metrics |= {f"reward/{s.value}": float(dropped[s.value]) for s in RewardStatus if dropped[s.value]}
+    if kept:
+        rewards = np.array([rollout.reward for rollout in kept], dtype=float)
+        groups = group_index(kept).numpy()
+        spread = [np.ptp(rewards[groups == group]) for group in np.unique(groups)]
+        metrics |= {
+            "reward/mean": float(rewards.mean()),
+            "reward/std": float(rewards.std()),
+            "group/frac_zero_std": float(np.mean(np.array(spread) == 0)),
+        }
+    return metrics

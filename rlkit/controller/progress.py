@@ -1,0 +1,93 @@
+"""What the controller must remember to go on with a run: everything else follows from it, the settings and the seed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rlkit.config import RunConfig
+from rlkit.controller.evaluate import Evaluation
+from rlkit.core.control import ControlState
+from rlkit.core.divergences import FDivergence
+from rlkit.core.entropy import EntropyBonus
+from rlkit.errors import DataError
+from rlkit.metrics import Metric
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coefficients:
+    """The loss terms' multipliers, moved by the controller once per optimiser step; None where the term is off."""
+
+    divergence: ControlState | None
+    entropy: ControlState | None
+
+    @classmethod
+    def start(cls, config: RunConfig) -> Coefficients:
+        divergence, entropy = config.divergence, config.entropy
+        return cls(
+            divergence=config.control.initial(divergence.coef) if isinstance(divergence, FDivergence) else None,
+            entropy=config.control.initial(entropy.coef) if isinstance(entropy, EntropyBonus) else None,
+        )
+
+    def restored(self, stored: dict[str, Any]) -> Coefficients:
+        """These, with every number as it was saved."""
+
+        def again(state: ControlState | None, values: dict[str, float] | None) -> ControlState | None:
+            return None if state is None or values is None else replace(state, **values)
+
+        return Coefficients(divergence=again(self.divergence, stored["divergence"]), entropy=again(self.entropy, stored["entropy"]))
+
+    def update(self, config: RunConfig, metrics: dict[str, Metric], num_sequences: int) -> Coefficients:
+        def moved(state: ControlState | None, measured: str) -> ControlState | None:
+            return state and config.control.update(state, metrics[measured].value, num_sequences)
+
+        return Coefficients(divergence=moved(self.divergence, "kl/ref_token_mean"), entropy=moved(self.entropy, "entropy/mean"))
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """A run between two steps."""
+
+    coefficients: Coefficients
+    step: int = 0  # finished
+    before: Evaluation | None = None  # the first evaluation
+    after: Evaluation | None = None  # the newest
+    evaluated_at: int = -1  # step of the newest evaluation
+    saved_at: int = -1  # step of the newest checkpoint
+    best_step: int | None = None  # of the checkpoints, the one with the best held-out reward
+    best_reward: float | None = None
+
+    def note_best(self) -> None:
+        """This step is about to be saved: is it the best saved so far?"""
+        if self.after is None or self.evaluated_at != self.step:
+            return
+        reward = float(self.after.rewards.mean())
+        if self.best_reward is None or reward > self.best_reward:
+            self.best_step, self.best_reward = self.step, reward
+
+    def to_json(self, fingerprint: str) -> dict[str, Any]:
+        """Plain values, with the data set's fingerprint."""
+        return {
+            "fingerprint": fingerprint,
+            "step": self.step,
+            "coefficients": asdict(self.coefficients),
+            "before": None if self.before is None else self.before.to_json(),
+            "after": None if self.after is None else self.after.to_json(),
+            "evaluated_at": self.evaluated_at,
+            "saved_at": self.saved_at,
+            "best_step": self.best_step,
+            "best_reward": self.best_reward,
+        }
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any], config: RunConfig, fingerprint: str) -> Progress:
+        """Raises DataError when the data set is not the one that the run began with."""
+        if stored["fingerprint"] != fingerprint:
+            raise DataError(
+                f"data: the prompts are not those that the run began with (fingerprint {fingerprint}, then "
+                f"{stored['fingerprint']}), so its order cannot be continued. Restore the data, or start a "
+                "new run from the checkpoint with model.path."
+            )
+        evaluations = {name: stored[name] and Evaluation.from_json(stored[name]) for name in ("before", "after")}
+        plain = {name: stored[name] for name in ("step", "evaluated_at", "saved_at", "best_step", "best_reward")}
+        return cls(coefficients=Coefficients.start(config).restored(stored["coefficients"]), **evaluations, **plain)
