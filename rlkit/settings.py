@@ -35,6 +35,15 @@ class BadRow(Enum):
     drop = "drop"  # it is left out, and counted
 
 
+class LayoutKind(Enum):
+    """How samples share rows."""
+
+    auto = "auto"  # whichever the cost model finds cheapest for the batch
+    padded = "padded"
+    packed = "packed"
+    shared = "shared"
+
+
 class Schedule(Enum):
     """Learning rate after warm-up."""
 
@@ -205,6 +214,7 @@ class Learner:
 
     num_ranks: int = 1
     tokens_per_microbatch: int = 8192  # prompt, response and padding together
+    layout: LayoutKind = LayoutKind.auto  # of samples in rows; changes speed, never the gradient
     head_memory_mib: int = 256  # the output head is computed in chunks whose logits fit
     max_skipped_steps: int = 3  # non-finite steps in a row before the run stops
     deadline_s: float = 1800.0  # for one call

@@ -154,6 +154,22 @@ def single_turn_rollout(prompt: Prompt, completion: Completion, result: RewardRe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sequences:
+    """Prompt-and-response sequences, right-padded."""
+
+    input_ids: Tensor  # [B, S] int64
+    prompt_lengths: Tensor  # [B] int64, at least 1
+    response_lengths: Tensor  # [B] int64
+
+    def prompt(self, sample: int) -> list[int]:
+        return self.input_ids[sample, : int(self.prompt_lengths[sample])].tolist()
+
+    def response(self, sample: int) -> Tensor:
+        start = int(self.prompt_lengths[sample])
+        return self.input_ids[sample, start : start + int(self.response_lengths[sample])]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainBatch:
     """Responses of one optimiser step, or of one of its microbatches. Right-padded; padding is finite."""
 
@@ -185,6 +201,10 @@ class TrainBatch:
     def lengths(self) -> Tensor:
         """[B] prompt and response together."""
         return self.prompt_lengths + self.response_lengths
+
+    @property
+    def sequences(self) -> Sequences:
+        return Sequences(input_ids=self.input_ids, prompt_lengths=self.prompt_lengths, response_lengths=self.response_lengths)
 
     def with_old_logprobs(self, old_logprobs: Tensor) -> TrainBatch:
         return replace(self, old_logprobs=old_logprobs)

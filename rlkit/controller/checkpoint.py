@@ -42,7 +42,7 @@ def save_checkpoint(learner: Learners, run_dir: Path, step: int, progress: dict[
     temporary = final.with_name(f".tmp-{final.name}")
     try:
         remove_unfinished(run_dir)
-        (temporary / "state").mkdir(parents=True)
+        temporary.mkdir(parents=True)
         learner.save(str(temporary.resolve()))
         (temporary / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
         files = {name: _measure(temporary / name) for name in _files(temporary)}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkit.types import Origin, Rollout, TrainBatch
+from rlkit.types import Origin, Rollout, Sequences, TrainBatch
 
 
 def pad_rows(rows: Sequence[np.ndarray | Sequence[int]], dtype: torch.dtype, *, width: int | None = None) -> Tensor:
@@ -36,6 +36,15 @@ def group_index(rollouts: Sequence[Rollout]) -> Tensor:
     return torch.tensor([numbers.setdefault(rollout.group_id, len(numbers)) for rollout in rollouts], dtype=torch.int64)
 
 
+def sequences_of(rollouts: Sequence[Rollout]) -> Sequences:
+    """Prompts and responses, padded."""
+    return Sequences(
+        input_ids=pad_rows([[*rollout.prompt_ids, *rollout.response_ids.tolist()] for rollout in rollouts], torch.int64),
+        prompt_lengths=torch.tensor([len(rollout.prompt_ids) for rollout in rollouts], dtype=torch.int64),
+        response_lengths=torch.tensor([len(rollout.response_ids) for rollout in rollouts], dtype=torch.int64),
+    )
+
+
 def collate(
     rollouts: Sequence[Rollout],
     advantages: Tensor,
@@ -44,7 +53,7 @@ def collate(
     ref_hidden: Sequence[np.ndarray] | None = None,
 ) -> TrainBatch:
     """One padded batch; `ref_logprobs` [T] and `ref_hidden` [T, H] come per rollout, as scorers return them."""
-    mask = response_mask(rollouts)
+    mask, sequences = response_mask(rollouts), sequences_of(rollouts)
     width = mask.shape[1]
     hidden = None
     if ref_hidden is not None:
@@ -53,9 +62,9 @@ def collate(
             hidden[index, : len(row)] = torch.from_numpy(row)
     return TrainBatch(
         sample_ids=tuple(rollout.sample_id for rollout in rollouts),
-        input_ids=pad_rows([[*rollout.prompt_ids, *rollout.response_ids.tolist()] for rollout in rollouts], torch.int64),
-        prompt_lengths=torch.tensor([len(rollout.prompt_ids) for rollout in rollouts], dtype=torch.int64),
-        response_lengths=torch.tensor([len(rollout.response_ids) for rollout in rollouts], dtype=torch.int64),
+        input_ids=sequences.input_ids,
+        prompt_lengths=sequences.prompt_lengths,
+        response_lengths=sequences.response_lengths,
         response_mask=mask,
         advantages=advantages,
         rollout_logprobs=pad_rows([rollout.rollout_logprobs for rollout in rollouts], torch.float32, width=width),
@@ -79,21 +88,3 @@ def split_ranks(batch: TrainBatch, num_ranks: int) -> list[TrainBatch]:
         return [batch]
     order = batch.lengths.argsort(descending=True, stable=True).tolist()
     return [batch.select(order[rank::num_ranks]) for rank in range(num_ranks)]
-
-
-def plan_microbatches(lengths: Tensor, *, token_budget: int) -> list[list[int]]:
-    """Rows [B] grouped so that rows x longest row stays within the budget: length-sorted, so little of it is padding.
-
-    A row longer than the budget gets a microbatch of its own. The plan cannot change the gradient: every denominator is
-    counted over the whole step.
-    """
-    plan: list[list[int]] = []
-    longest = 0
-    for row in lengths.argsort(descending=True, stable=True).tolist():
-        length = int(lengths[row])
-        if plan and (len(plan[-1]) + 1) * longest <= token_budget:
-            plan[-1].append(row)
-        else:
-            plan.append([row])
-            longest = length
-    return plan

@@ -25,7 +25,7 @@ from rlkit.core.divergences import FDivergence
 from rlkit.core.logprobs import TokenStatistics, chunk_size
 from rlkit.core.loss import Strategy
 from rlkit.core.reduce import Denominators, reduce
-from rlkit.data.collate import plan_microbatches
+from rlkit.data.layout import EMPTY_LAYOUT, Layout, LayoutKind, arrange, whole_sequence
 from rlkit.data.models.loading import copy_tokenizer_files, load_model, resolve
 from rlkit.data.models.policy import Policy, ReferenceStates
 from rlkit.errors import DataError, NumericalError, ResourceError
@@ -126,7 +126,10 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        parts = [self._backward(batch.select(rows), denominators, divergence_coef, entropy_coef) for rows in self._plan(batch)]
+        parts = [
+            self._backward(part, layout, denominators, divergence_coef, entropy_coef)
+            for _, part, layout in self._microbatches(batch)
+        ]
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), optimizer_settings.max_grad_norm)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         metrics = merge(parts)
@@ -148,19 +151,35 @@ class Learner:
             )
         return StepStats(metrics=metrics, skipped=not finite)
 
-    def _plan(self, batch: TrainBatch) -> list[list[int]]:
-        """Microbatches of this rank; ranks with fewer go on with empty ones, because every forward is collective."""
-        plan = plan_microbatches(batch.lengths, token_budget=self.config.learner.tokens_per_microbatch)
+    def _microbatches(self, batch: TrainBatch) -> Iterator[tuple[list[int], TrainBatch, Layout]]:
+        """This rank's samples in parts: their rows of the batch, themselves, and how they are laid out.
+
+        Ranks with fewer parts go on with empty ones, because every forward is collective.
+        """
+        settings = self.config.learner
+        kind = settings.layout if self.policy.takes_masks else LayoutKind.padded
+        count = 0
+        for samples, layout in arrange(
+            batch.sequences, token_budget=settings.tokens_per_microbatch, kind=kind, cost=self.policy.cost
+        ):
+            count += 1
+            yield samples, batch.select(samples), layout
         if self.rank.count == 1:
-            return plan
-        most = torch.tensor(len(plan), device=self.device)
+            return
+        most = torch.tensor(count, device=self.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return plan + [[]] * (int(most) - len(plan))
+        for _ in range(int(most) - count):
+            yield [], batch.select([]), EMPTY_LAYOUT
 
     def _backward(
-        self, batch: TrainBatch, denominators: Denominators, divergence_coef: float | None, entropy_coef: float | None
+        self,
+        batch: TrainBatch,
+        layout: Layout,
+        denominators: Denominators,
+        divergence_coef: float | None,
+        entropy_coef: float | None,
     ) -> dict[str, Metric]:
-        statistics = self._forward(batch, gradient=True)
+        statistics = self._forward(batch, layout, gradient=True)
         mask = batch.response_mask
         logprobs = scatter(statistics.logprobs, batch)
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
@@ -201,9 +220,8 @@ class Learner:
         """Log-probs [B, T] of this rank's rows under the current weights, at the sampling temperature."""
         out = torch.zeros(batch.response_mask.shape)
         with self._inference():
-            for rows in self._plan(batch):
-                part = batch.select(rows)
-                values = scatter(self._forward(part, gradient=False).logprobs, part)
+            for rows, part, layout in self._microbatches(batch):
+                values = scatter(self._forward(part, layout, gradient=False).logprobs, part)
                 for index, row in enumerate(rows):
                     out[row, : values.shape[1]] = values[index]
         return out
@@ -220,7 +238,7 @@ class Learner:
             yield
         self.policy.reshard()  # pyright: ignore[reportCallIssue]  # fully_shard made it an FSDPModule
 
-    def _forward(self, batch: TrainBatch, *, gradient: bool) -> TokenStatistics:
+    def _forward(self, batch: TrainBatch, layout: Layout, *, gradient: bool) -> TokenStatistics:
         """Statistics of the batch's response tokens; entropy is always measured when learning, and only then has a cost."""
         config = self.config
         divergence = reference = None
@@ -231,13 +249,8 @@ class Learner:
             width = torch.arange(batch.response_mask.shape[1])
             present = width < batch.response_lengths.unsqueeze(1)
             reference = ReferenceStates(hidden=batch.ref_hidden[present].to(self.device), head=self.reference_head)
-        input_ids = batch.input_ids
-        if not batch.num_rows:  # an empty microbatch still runs the model, on one token that nothing reads
-            input_ids = torch.zeros(1, 1, dtype=torch.int64)
         return self.policy(
-            input_ids=input_ids.to(self.device),
-            prompt_lengths=(batch.prompt_lengths if batch.num_rows else torch.ones(1, dtype=torch.int64)).to(self.device),
-            response_lengths=(batch.response_lengths if batch.num_rows else torch.zeros(1, dtype=torch.int64)).to(self.device),
+            layout.to(self.device),
             temperature=config.rollout.temperature,
             chunk_tokens=self._chunk_tokens(1 + (divergence is not None)),
             with_entropy=gradient,
@@ -285,13 +298,8 @@ class Learner:
         scores = []
         with self._inference():
             for sequence in sequences:
-                statistics = self.policy(
-                    input_ids=torch.tensor([sequence], device=self.device),
-                    prompt_lengths=torch.tensor([1], device=self.device),
-                    response_lengths=torch.tensor([len(sequence) - 1], device=self.device),
-                    temperature=1.0,
-                    chunk_tokens=self._chunk_tokens(1),
-                )
+                layout = whole_sequence(sequence).to(self.device)
+                statistics = self.policy(layout, temperature=1.0, chunk_tokens=self._chunk_tokens(1))
                 scores.append(statistics.logprobs.float().cpu().numpy())
         return scores
 
@@ -307,7 +315,7 @@ class Learner:
     def save(self, folder: str) -> None:
         """Write the policy in Hugging Face format, tokenizer included, and under `state/` what `restore` needs of this rank.
 
-        Both folders must exist. Raises ResourceError when the disk refuses.
+        The folder must exist. Raises ResourceError when the disk refuses.
         """
         weights = {}
         dtype = getattr(torch, self.config.model.dtype.value)
@@ -316,6 +324,7 @@ class Learner:
             if self.rank.is_first:
                 weights[name] = whole.to(dtype).cpu()
         try:
+            (Path(folder) / "state").mkdir(exist_ok=True)
             if self.rank.is_first:
                 self.policy.model.config.dtype = dtype
                 self.policy.model.save_pretrained(folder, state_dict=weights)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from rlkit.core.logprobs import chunk_size
-from rlkit.data.collate import pad_rows, plan_microbatches
+from rlkit.data.collate import sequences_of
+from rlkit.data.layout import LayoutKind, arrange
 from rlkit.data.models.loading import load_model
 from rlkit.data.models.policy import Policy
 from rlkit.types import Rollout
@@ -50,24 +51,19 @@ class Scorer:
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], *, temperature: float, with_hidden: bool) -> Scores:
         """Log-probs of the rollouts' own tokens, and on request the hidden states that the head turns into whole distributions."""
-        lengths = torch.tensor([len(r.prompt_ids) + len(r.response_ids) for r in rollouts], dtype=torch.int64)
+        kind = LayoutKind.auto if self.policy.takes_masks else LayoutKind.padded
+        budget, sequences = self.spec.tokens_per_microbatch, sequences_of(rollouts)
         chunk_tokens = chunk_size(self.policy.vocab_size, memory_bytes=self.spec.head_memory_mib << 20)
         logprobs: dict[int, np.ndarray] = {}
         hidden: dict[int, np.ndarray] = {}
-        for rows in plan_microbatches(lengths, token_budget=self.spec.tokens_per_microbatch):
-            part = [rollouts[row] for row in rows]
-            batch = {
-                "input_ids": pad_rows([[*r.prompt_ids, *r.response_ids.tolist()] for r in part], torch.int64),
-                "prompt_lengths": torch.tensor([len(r.prompt_ids) for r in part]),
-                "response_lengths": torch.tensor([len(r.response_ids) for r in part]),
-            }
-            sizes = batch["response_lengths"].tolist()
-            statistics = self.policy(**batch, temperature=temperature, chunk_tokens=chunk_tokens)
-            for row, values in zip(rows, statistics.logprobs.split(sizes), strict=True):
-                logprobs[row] = values.numpy()
+        for samples, layout in arrange(sequences, token_budget=budget, kind=kind, cost=self.policy.cost):
+            sizes = sequences.response_lengths[samples].tolist()
+            statistics = self.policy(layout, temperature=temperature, chunk_tokens=chunk_tokens)
+            for sample, values in zip(samples, statistics.logprobs.split(sizes), strict=True):
+                logprobs[sample] = values.numpy()
             if with_hidden:
-                for row, values in zip(rows, self.policy.hidden_states(**batch).split(sizes), strict=True):
-                    hidden[row] = values.float().numpy()
+                for sample, values in zip(samples, self.policy.hidden_states(layout).split(sizes), strict=True):
+                    hidden[sample] = values.float().numpy()
         return Scores(
             logprobs=[logprobs[row] for row in range(len(rollouts))],
             hidden=[hidden[row] for row in range(len(rollouts))] if with_hidden else None,

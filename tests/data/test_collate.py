@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlkit.data.collate import collate, group_index, minibatches, plan_microbatches, response_mask, split_ranks, token_rewards
+from rlkit.data.collate import collate, group_index, minibatches, response_mask, split_ranks, token_rewards
 from rlkit.errors import DataError
 from rlkit.types import Origin
 
@@ -43,16 +43,6 @@ def test_selecting_rows_trims_to_the_longest_of_them(make_batch):
     assert part.input_ids.shape[1] == int(batch.lengths[rows].max())
     assert part.sample_ids == tuple(batch.sample_ids[row] for row in rows)
     assert batch.select([]).num_rows == 0
-
-
-@pytest.mark.parametrize("budget", [1, 30, 64, 10_000])
-def test_a_plan_holds_every_row_once_and_stays_within_its_budget(budget):
-    lengths = torch.from_numpy(np.random.default_rng(0).integers(1, 40, 50))
-    plan = plan_microbatches(lengths, token_budget=budget)
-    assert sorted(row for part in plan for row in part) == list(range(50))
-    for part in plan:
-        assert len(part) * int(lengths[part].max()) <= budget or len(part) == 1
-    assert plan_microbatches(lengths[:0], token_budget=budget) == []
 
 
 def test_ranks_and_minibatches_share_out_every_row_once(make_batch):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlkit.core.logprobs import ExactDivergence, TokenStatistics, token_statistics
+from rlkit.data.layout import Layout, ModelCost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,12 +44,27 @@ class Policy(nn.Module):
         """The output head; a tied one shares the embedding's weight."""
         return cast(nn.Linear, self.model.get_output_embeddings())
 
+    @property
+    def takes_masks(self) -> bool:
+        """Whether rows of several samples are possible: every layer attends to all that its mask lets it see."""
+        config = self.model.config
+        kinds = getattr(config, "layer_types", None)
+        full = set(kinds) == {"full_attention"} if kinds else not getattr(config, "sliding_window", None)
+        return full and config._attn_implementation in ("sdpa", "eager")
+
+    @property
+    def cost(self) -> ModelCost:
+        """Of its body; the output head is applied to response tokens only, whatever the layout."""
+        embedding = cast(nn.Embedding, self.model.get_input_embeddings()).weight
+        body = sum(parameter.numel() for parameter in self._decoder().parameters()) - embedding.numel()
+        config = self.model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return ModelCost(per_token=body, per_pair=config.num_hidden_layers * config.num_attention_heads * head_dim)
+
     def forward(
         self,
+        layout: Layout,
         *,
-        input_ids: Tensor,
-        prompt_lengths: Tensor,
-        response_lengths: Tensor,
         temperature: float,
         chunk_tokens: int,
         with_entropy: bool = False,
@@ -56,21 +72,16 @@ class Policy(nn.Module):
         divergence: ExactDivergence | None = None,
         reference: ReferenceStates | None = None,
     ) -> TokenStatistics:
-        """Statistics of the n response tokens, row by row.
+        """Statistics of the layout's n response tokens, sample by sample.
 
         Args:
-            input_ids: [B, S] int64, prompt then response, right-padded. Padding comes after everything that counts, so causal
-                attention hides it and no mask is needed.
-            prompt_lengths, response_lengths: [B] int64; a prompt has at least one token.
             temperature, chunk_tokens, with_entropy, entropy_gradient, divergence: as in `token_statistics`.
         """
-        hidden = self._decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, S, H]
-        predicts = response_positions(prompt_lengths, response_lengths, input_ids.shape[1]) - 1  # the position before
         head = self.head
         return token_statistics(
-            hidden.flatten(0, 1)[predicts],
+            self._hidden(layout),
             head.weight,
-            input_ids.flatten()[predicts + 1],
+            layout.targets,
             temperature=temperature,
             chunk_tokens=chunk_tokens,
             with_entropy=with_entropy,
@@ -82,10 +93,15 @@ class Policy(nn.Module):
         )
 
     @torch.no_grad()
-    def hidden_states(self, *, input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> Tensor:
+    def hidden_states(self, layout: Layout) -> Tensor:
         """[n, H]: the last hidden state before each response token."""
-        hidden = self._decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1)[response_positions(prompt_lengths, response_lengths, input_ids.shape[1]) - 1]
+        return self._hidden(layout)
+
+    def _hidden(self, layout: Layout) -> Tensor:
+        hidden = self._decoder()(
+            input_ids=layout.input_ids, position_ids=layout.position_ids, attention_mask=layout.mask, use_cache=False
+        ).last_hidden_state  # [R, S, H]
+        return hidden.flatten(0, 1)[layout.predicts]
 
     @contextmanager
     def capturing(self, outputs: dict[str, np.ndarray]) -> Iterator[None]:
@@ -109,10 +125,3 @@ class Policy(nn.Module):
 
     def _decoder(self) -> nn.Module:
         return self.model.get_decoder()  # pyright: ignore[reportReturnType]
-
-
-def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
-    """Indices [n] of the response tokens in a flattened [B, width], row by row."""
-    column = torch.arange(width, device=prompt_lengths.device)
-    start, end = prompt_lengths.unsqueeze(1), (prompt_lengths + response_lengths).unsqueeze(1)
-    return ((column >= start) & (column < end)).flatten().nonzero().squeeze(1)

@@ -38,6 +38,17 @@ class Engine(Protocol):
         """One response per request, in order. All are submitted before the first token is sampled."""
         ...
 
+    def advance(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> list[Completion]:
+        """Take these samples in beside those under way, work for a moment, and return what is finished, which may be nothing.
+
+        A weight sync between two calls is seen by the samples under way: their later tokens carry the new version.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Forget the samples under way."""
+        ...
+
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
         """Log-probs [len - 1] float32 of each sequence's tokens given their prefixes, at temperature 1."""
         ...

@@ -10,6 +10,7 @@ import torch
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from rlkit.data.layout import whole_sequence
 from rlkit.data.models.loading import load_model
 from rlkit.data.models.policy import Policy
 from rlkit.types import Completion, FinishReason, SampleRequest, SamplingSpec
@@ -68,6 +69,13 @@ class TransformersRolloutEngine:
             completions += self._generate_batch(requests[start : start + self._batch_size], sampling)
         return completions
 
+    def advance(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> list[Completion]:
+        """Whole: `generate` cannot be left and entered again, so nothing is ever under way between two calls."""
+        return self.generate(requests, sampling)
+
+    def abort(self) -> None:
+        """See `advance`."""
+
     @torch.no_grad()
     def _generate_batch(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> list[Completion]:
         width = max(len(request.prompt_ids) for request in requests)
@@ -105,13 +113,7 @@ class TransformersRolloutEngine:
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
         scores = []
         for sequence in sequences:
-            statistics = self._policy(
-                input_ids=torch.tensor([sequence]),
-                prompt_lengths=torch.tensor([1]),
-                response_lengths=torch.tensor([len(sequence) - 1]),
-                temperature=1.0,
-                chunk_tokens=len(sequence),
-            )
+            statistics = self._policy(whole_sequence(sequence), temperature=1.0, chunk_tokens=len(sequence))
             scores.append(statistics.logprobs.numpy())
         return scores
 

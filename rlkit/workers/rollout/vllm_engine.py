@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -29,6 +29,8 @@ ENVIRONMENT = {
 }
 
 
+STEPS_PER_ADVANCE = 16  # a weight sync waits at most for so many
+UNSYNCED = "default"  # vLLM's own name for the weights that it loaded from disk
 MIN_BATCHED_TOKENS = 8192  # of one engine step: with room for all of a step's short prompts, they are prefilled together
 
 
@@ -42,6 +44,8 @@ class VllmRolloutEngine:
         self.version = -1
         self._expected_names = checkpoint_names(spec.model_path)
         self._staged: dict[str, PackedTensor] = {}
+        self._outputs: dict[str, RequestOutput] = {}  # finished, not yet asked for
+        self._under_way: set[str] = set()  # samples that `advance` took
         self._loads = 0
         self._llm = LLM(
             model=spec.model_path,
@@ -64,11 +68,32 @@ class VllmRolloutEngine:
         )
 
     def generate(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> list[Completion]:
+        self._take(requests, sampling)
+        outputs = self._finish([request.sample_id for request in requests])
+        return [self._completion(request.sample_id, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def advance(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> list[Completion]:
+        self._take(requests, sampling)
+        self._under_way.update(request.sample_id for request in requests)
+        for _ in range(STEPS_PER_ADVANCE):
+            self._step()
+            if not self._under_way.isdisjoint(self._outputs):
+                break
+        done = [sample_id for sample_id in self._outputs if sample_id in self._under_way]
+        self._under_way.difference_update(done)
+        return [self._completion(sample_id, self._outputs.pop(sample_id)) for sample_id in done]
+
+    def abort(self) -> None:
+        self._llm.llm_engine.abort_request(list(self._under_way))
+        self._under_way.clear()
+        self._outputs.clear()
+
+    def _take(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = [
-            SamplingParams(
+        for request in requests:
+            params = SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
@@ -80,33 +105,53 @@ class VllmRolloutEngine:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            for request in requests
-        ]
-        outputs = self._llm.generate([self._prompt(r.prompt_ids) for r in requests], params, use_tqdm=False)
-        return [self._completion(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
+            self._llm.llm_engine.add_request(request.sample_id, self._prompt(request.prompt_ids), params)
+
+    def _step(self) -> None:
+        """One token for every request under way."""
+        for output in self._llm.llm_engine.step():
+            if output.finished:
+                self._outputs[output.request_id] = cast("RequestOutput", output)
+
+    def _finish(self, request_ids: Sequence[str]) -> list[RequestOutput]:
+        """Step until these are done. Others that end meanwhile wait for the next `advance`."""
+        while not all(request_id in self._outputs for request_id in request_ids):
+            self._step()
+        return [self._outputs.pop(request_id) for request_id in request_ids]
 
     def _prompt(self, token_ids: tuple[int, ...]) -> TokensPrompt:
         # The salt keeps blocks that older weights computed from being shared, even if a reset of the cache is refused.
         return {"prompt_token_ids": list(token_ids), "cache_salt": f"{self._loads}:{self.version}"}
 
-    def _completion(self, request: SampleRequest, output: CompletionOutput) -> Completion:
+    def _completion(self, sample_id: str, request_output: RequestOutput) -> Completion:
+        (output,) = request_output.outputs
         ids = np.asarray(output.token_ids, dtype=np.int64)
         assert output.logprobs is not None  # asked for with logprobs=0
         logprobs = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True) if step]
         return Completion(
-            sample_id=request.sample_id,
+            sample_id=sample_id,
             response_ids=ids,
             rollout_logprobs=np.asarray(logprobs, dtype=np.float32),
-            policy_version=np.full(len(ids), self.version, dtype=np.int64),
+            policy_version=self._versions(output),
             finish_reason=FinishReason(output.finish_reason),
         )
+
+    def _versions(self, output: CompletionOutput) -> np.ndarray:
+        """[T] int64: a response that a sync overtook has tokens of several versions."""
+        versions = np.full(len(output.token_ids), self.version, dtype=np.int64)
+        for span in output.weight_versions or ():
+            if span.version != UNSYNCED:
+                versions[span.start : span.end] = int(span.version)
+        return versions
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self._llm.generate([self._prompt(sequence) for sequence in sequences], params, use_tqdm=False)
-        return [self._scores(sequence, output) for sequence, output in zip(sequences, outputs, strict=True)]
+        names = [f"score/{number}" for number in range(len(sequences))]
+        for name, sequence in zip(names, sequences, strict=True):
+            self._llm.llm_engine.add_request(name, self._prompt(sequence), params)
+        return [self._scores(sequence, output) for sequence, output in zip(sequences, self._finish(names), strict=True)]
 
     def _scores(self, sequence: tuple[int, ...], output: RequestOutput) -> np.ndarray:
         assert output.prompt_logprobs is not None  # asked for with prompt_logprobs=0
@@ -128,6 +173,7 @@ class VllmRolloutEngine:
         self._llm.reset_prefix_cache()
         self._loads += 1
         self.version = manifest.version
+        self._llm.llm_engine.set_weight_version(str(manifest.version))
 
     def _finish_reload(self) -> None:
         self._llm.collective_rpc("rlkit_finish_reload")
