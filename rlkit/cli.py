@@ -220,13 +220,14 @@ def resumed_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
 
 def rehearse(config: RunConfig) -> None:
     """`dry_run=true`: everything short of starting a worker. The model's files, the reward function and every row are looked at."""
-    from rlkit.data.models.loading import load_tokenizer, resolve
+    from rlkit.data.models.loading import load_tokenizer, num_parameters, resolve
     from rlkit.data.prompts import load_prompts
     from rlkit.data.rewards.pool import RewardPool
     from rlkit.schedule import schedule
 
-    print(schedule(config))
-    tokenizer = load_tokenizer(resolve(config.model.path), trust_remote_code=config.model.trust_remote_code)
+    folder = resolve(config.model.path)
+    print(schedule(config, num_parameters(folder)))
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     with RewardPool(config.reward, base_dir=Path.cwd()) as rewards:
         columns = rewards.signature.columns
         prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, reward_columns=columns)

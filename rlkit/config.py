@@ -76,6 +76,7 @@ class RunConfig:
     prompts_per_step: int = 32
     group_size: int = 16  # responses per prompt
     optimizer_steps_per_batch: int = 1  # disjoint mini-batches of one batch of rollouts
+    max_staleness: int = 0  # versions that a trained token's policy may be behind; above 0 generation and learning overlap
     epochs_per_batch: int = 1  # times that each mini-batch is trained on
     max_prompt_tokens: int = 512
     max_response_tokens: int = 512
@@ -325,6 +326,8 @@ def problems(config: RunConfig) -> Iterator[str]:
     ):
         if (value := getattr(config, key)) < 1:
             yield f"{key}={value}: write 1 or more."
+    if config.max_staleness < 0:
+        yield f"max_staleness={config.max_staleness}: write 0 (sample, then learn) or a number of steps; 1 is usual."
     if config.checkpoint_every < 0:
         yield f"checkpoint_every={config.checkpoint_every}: write a number of steps, or 0 for one checkpoint at the end."
     if not 0 <= config.seed < 2**32:
@@ -354,6 +357,13 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"divergence.estimator={estimator}: its gradient is right only for the first optimiser step on a batch, and there are "
             f"{config.optimizer_steps_per_step} (optimizer_steps_per_batch={parts}, epochs_per_batch={config.epochs_per_batch}). "
             "Write divergence.estimator=k3_weighted, score or exact, or take one optimiser step per batch."
+        )
+    if config.divergence.on_policy_only and config.max_staleness > 0:
+        estimator = getattr(config.divergence, "estimator").name  # noqa: B009  # pyright knows of no estimator in the base
+        yield (
+            f"divergence.estimator={estimator}: its gradient is right only for samples of the present policy, and "
+            f"max_staleness={config.max_staleness} trains on older ones. Write divergence.estimator=k3_weighted or exact, or "
+            "max_staleness=0."
         )
     if config.optimizer.warmup_steps >= (total := config.num_steps * config.optimizer_steps_per_step) > 0:
         yield (

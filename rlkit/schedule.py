@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from rlkit.config import RunConfig, choice_of, to_yaml
-from rlkit.settings import HeldOut
+from rlkit.settings import Dtype, HeldOut
+
+MIB = 2**20
+BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
+LEARNER_BYTES = 16  # of one parameter: float32 weight, gradient and AdamW's two moments
 
 
-def schedule(config: RunConfig) -> str:
-    """Prompts, samples, tokens, updates and workers in a few lines, then every setting as YAML."""
+def schedule(config: RunConfig, num_parameters: int) -> str:
+    """Prompts, samples, tokens, updates, workers and their memory in a few lines, then every setting as YAML."""
     facts = [
         ("policy", f"{config.model.path}, {config.model.dtype.name}"),
         ("each step", _step(config)),
@@ -15,6 +19,7 @@ def schedule(config: RunConfig) -> str:
         ("whole run", _run(config)),
         ("evaluation", _evaluation(config)),
         ("workers", _workers(config)),
+        ("memory", _memory(config, num_parameters)),
     ]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:<{width}}  {text}" for name, text in facts]
@@ -65,6 +70,23 @@ def _workers(config: RunConfig) -> str:
     if "ref_logprobs" in config.needs:
         workers.append("1 reference")
     return f"{', '.join(workers)}; cluster={choice_of('cluster', config.cluster)}"
+
+
+def _memory(config: RunConfig, num_parameters: int) -> str:
+    """Of each worker, without activations, whose size depends on the model's code."""
+    ranks, dtype = config.learner.num_ranks, config.model.dtype
+    weights = num_parameters * BYTES[dtype]
+    copy = weights if dtype is not Dtype.float32 else 0  # in the compute precision, gathered for a forward pass
+    learner = num_parameters * LEARNER_BYTES / ranks + copy + config.learner.head_memory_mib * MIB
+    cache = getattr(config.rollout, "kv_cache_mib", 0) * MIB
+    parts = [f"{_mib(weights + cache)} per engine", f"{_mib(learner)} and activations per learner rank"]
+    if "ref_logprobs" in config.needs:
+        parts.append(f"{_mib(weights + config.learner.head_memory_mib * MIB)} for the reference")
+    return f"about {', '.join(parts)} ({num_parameters / 1e6:,.1f} M parameters)"
+
+
+def _mib(size: float) -> str:
+    return f"{size / MIB:,.0f} MiB"
 
 
 def _count(number: int, noun: str, plural: str = "") -> str:

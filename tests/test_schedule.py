@@ -17,14 +17,16 @@ def test_the_schedule_counts_prompts_samples_tokens_updates_and_workers():
             "evaluation.every=5",
         ]
     )
-    text = schedule(config)
+    text = schedule(config, num_parameters=1_000_000)
     assert "8 prompts x 4 responses = 32 samples, at most 24 + 16 tokens each: 1,280 tokens" in text  # 32 * 40
     assert "2 optimiser steps per batch (2 mini-batches of 4 prompts, 1 epoch)" in text
     assert "10 steps, 320 samples, 20 optimiser steps; checkpoints at the end" in text
     assert "256 held-out prompts x 16 samples, before and after, and every 5 steps" in text
     assert "1 engine (vllm), 1 learner rank, 2 reward processes, 1 reference; cluster=local" in text
+    # float32: 4 bytes a parameter and 512 MiB of cache; 16 bytes and 256 MiB of logits; 4 bytes and 256 MiB
+    assert "about 516 MiB per engine, 271 MiB and activations per learner rank, 260 MiB for the reference (1.0 M" in text
     assert "estimator: k3" in text  # the settings follow as YAML
 
 
 def test_no_reference_where_no_strategy_needs_one():
-    assert "reference;" not in schedule(compose(["evaluation=none"]))
+    assert "reference;" not in schedule(compose(["evaluation=none"]), num_parameters=1)

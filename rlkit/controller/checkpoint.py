@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlkit.controller.fleet import Learners
+from rlkit.controller.sampling import Sampled
+from rlkit.controller.tracking.files import read_rollouts, write_rollouts
 from rlkit.errors import DataError, ResourceError
 
 FORMAT = 1  # of the manifest and of state/; a reader refuses what is newer
@@ -32,8 +35,12 @@ class Checkpoint:
     progress: dict[str, Any]  # what the controller wrote
 
 
-def save_checkpoint(learner: Learners, run_dir: Path, step: int, progress: dict[str, Any]) -> Path:
+def save_checkpoint(
+    learner: Learners, run_dir: Path, step: int, progress: dict[str, Any], ahead: Mapping[int, Sampled] | None = None
+) -> Path:
     """Everything under checkpoints/step_000123, by a temporary name and a rename. Raises ResourceError when it cannot be written.
+
+    `ahead`: batches that are sampled and scored, and belong to later steps.
 
     The manifest comes last and the rename after it, each after the bytes before it are on the disk: a crash at any point leaves
     either no checkpoint of this step or a whole one.
@@ -45,6 +52,8 @@ def save_checkpoint(learner: Learners, run_dir: Path, step: int, progress: dict[
         temporary.mkdir(parents=True)
         learner.save(str(temporary.resolve()))
         (temporary / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
+        for later, sampled in (ahead or {}).items():
+            write_rollouts(temporary / "state" / f"ahead_{later:06d}.parquet", sampled.rollouts, [math.nan] * len(sampled.rollouts))
         files = {name: _measure(temporary / name) for name in _files(temporary)}
         for name in files:
             _flush(temporary / name)
@@ -109,6 +118,12 @@ def verify(folder: Path) -> dict[str, Any]:
             if found[what] != value:
                 raise DataError(f"{folder.name}: {name} is damaged ({what} {found[what]}, written {value}).")
     return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+
+
+def read_ahead(folder: Path) -> dict[int, Sampled]:
+    """Step -> its batch, of those that were sampled before the checkpoint and not yet learnt from."""
+    files = (folder / "state").glob("ahead_*.parquet")
+    return {int(file.stem.removeprefix("ahead_")): Sampled.again(read_rollouts(file)) for file in files}
 
 
 def prune(run_dir: Path, *, keep_last: int, best: int | None) -> None:

@@ -16,6 +16,12 @@ class Clock:
     def add(self, name: str, seconds: float) -> None:
         self._parts[f"time/{name}_s"] += seconds  # pyright: ignore[reportArgumentType]
 
+    def split(self, name: str, **parts: float) -> None:
+        """Put the seconds of `name` down to `parts`; what they do not account for shows as the rest."""
+        del self._parts[f"time/{name}_s"]
+        for part, seconds in parts.items():
+            self.add(part, seconds)
+
     def time(self, name: str) -> Stopwatch:
         return Stopwatch(self, name)
 

@@ -15,6 +15,8 @@ from rlkit.errors import ResourceError, RlkitError, WorkerError
 from rlkit.settings import ClusterSettings, ExistingRay, InProcess, LocalRay
 from rlkit.workers.handle import Handle
 
+START_DEADLINE_S = 600.0  # a worker's first call also waits for its imports and its model
+
 
 class Cluster(Protocol):
     """Where workers live. It outlives a run: the next run with equal needs finds its engines still there."""
@@ -29,6 +31,10 @@ class Cluster(Protocol):
 
     def free_address(self) -> str:
         """host:port that a group of workers can meet at."""
+        ...
+
+    def places(self) -> dict[str, str]:
+        """Name of every worker -> "host:process id", for debuggers and profilers."""
         ...
 
     def close(self) -> None: ...
@@ -72,6 +78,9 @@ class ActorShell:
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._worker, method)(*args, **kwargs)
 
+    def place(self) -> str:
+        return f"{socket.gethostname()}:{os.getpid()}"
+
 
 class RayPending:
     """Implements `Pending`."""
@@ -80,6 +89,12 @@ class RayPending:
         self.ref = ref
         self._handle = handle
         self._method = method
+
+    def is_done(self) -> bool:
+        import ray
+
+        done, _ = ray.wait([self.ref], timeout=0)
+        return bool(done)
 
     def result(self, deadline_s: float) -> Any:
         import ray
@@ -112,6 +127,9 @@ class RayHandle:
     def call(self, method: str, *args: Any, **kwargs: Any) -> RayPending:
         values = [arg.ref if isinstance(arg, RayPending) else arg for arg in args]
         return RayPending(self._actor.call.remote(method, *values, **kwargs), self, method)
+
+    def place(self) -> RayPending:
+        return RayPending(self._actor.place.remote(), self, "place")
 
     def kill(self) -> None:
         import ray
@@ -184,6 +202,10 @@ class RayCluster:
 
     def free_address(self) -> str:
         return free_local_address()
+
+    def places(self) -> dict[str, str]:
+        living = [handle for handle in self._workers.values() if handle.is_alive]
+        return {handle.name: handle.place().result(START_DEADLINE_S) for handle in living}
 
     def close(self) -> None:
         import ray

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlkit.config import RunConfig
-from rlkit.controller.cluster import Cluster
+from rlkit.controller.cluster import START_DEADLINE_S, Cluster
+from rlkit.controller.dispatch import Dispatcher, Ticket
 from rlkit.core.reduce import Denominators
 from rlkit.data.collate import split_ranks
 from rlkit.data.models.loading import resolve
@@ -24,7 +27,7 @@ from rlkit.workers.rollout.engine import EngineSpec
 from rlkit.workers.scorer import ScorerSpec, Scores
 from rlkit.workers.weight_sync import Manifest
 
-START_DEADLINE_S = 600.0  # a worker's first call also waits for its imports and its model
+MIN_PAUSE_S, MAX_PAUSE_S = 0.0005, 0.02  # between looks at several calls under way
 
 ENGINE_CLASSES = {
     "vllm": "rlkit.workers.rollout.vllm_engine:VllmRolloutEngine",
@@ -33,7 +36,11 @@ ENGINE_CLASSES = {
 
 
 class Engines:
-    """All rollout engines of a run. Which engine samples what is a function of the request's place alone."""
+    """All rollout engines of a run.
+
+    With `max_staleness=0` which engine samples what is a function of the request's place alone, so that timing changes nothing.
+    Above that, samples go one by one to whichever engine has room.
+    """
 
     def __init__(self, config: RunConfig, cluster: Cluster, *, purpose: str = "training"):
         """Engines of one purpose are shared by the runs that need equal ones; a training engine holds some run's weights, so
@@ -52,15 +59,29 @@ class Engines:
             )
             for index in range(count)
         ]
+        self._dispatcher = None
+        if config.max_staleness and purpose == "training":
+            self._dispatcher = Dispatcher(self._handles, max_in_flight=config.rollout.max_num_seqs, deadline_s=self._deadline_s)
 
-    def generate(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Generation:
-        """Hand every engine its part at once."""
+    def generate(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Generation | Ticket:
+        """Start these samples."""
+        if self._dispatcher is not None:
+            return self._dispatcher.submit(requests, sampling)
         bounds = [round(i * len(requests) / len(self._handles)) for i in range(len(self._handles) + 1)]
         parts = [requests[low:high] for low, high in itertools.pairwise(bounds)]
         return Generation(
             [handle.call("generate", part, sampling) for handle, part in zip(self._handles, parts, strict=True) if part],
             self._deadline_s,
         )
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Within, no engine samples: it might hold weights that are not proved yet."""
+        return nullcontext() if self._dispatcher is None else self._dispatcher.paused()
+
+    def close(self) -> None:
+        """Drop what is under way. The engines themselves stay, for the next run."""
+        if self._dispatcher is not None:
+            self._dispatcher.close()
 
     # What a weight sync asks of them (`weight_sync.EngineSide`).
 
@@ -221,4 +242,18 @@ def engine_spec(config: RunConfig) -> EngineSpec:
 
 
 def wait(pending: Sequence[Pending], deadline_s: float) -> list:
-    return [one.result(deadline_s) for one in pending]
+    """All results, in order; the first failure among them as soon as it happens.
+
+    A rank that died leaves the others waiting for it in a collective: whoever waits for them in turn would not hear of it.
+    """
+    started, pause = time.monotonic(), MIN_PAUSE_S
+    waiting = list(pending)
+    while len(waiting) > 1 and (left := deadline_s - (time.monotonic() - started)) > 0:
+        done = [one for one in waiting if one.is_done()]
+        for one in done:
+            one.result(left)
+        waiting = [one for one in waiting if one not in done]
+        if not done:
+            time.sleep(pause)
+            pause = min(2 * pause, MAX_PAUSE_S)
+    return [one.result(max(deadline_s - (time.monotonic() - started), MIN_PAUSE_S)) for one in pending]

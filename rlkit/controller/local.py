@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import socket
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,9 @@ class Done:
     """A call that ran when it was made."""
 
     value: Any
+
+    def is_done(self) -> bool:
+        return True
 
     def result(self, deadline_s: float) -> Any:
         return self.value
@@ -48,6 +53,9 @@ class InProcessCluster:
         from rlkit.controller.cluster import free_local_address
 
         return free_local_address()
+
+    def places(self) -> dict[str, str]:
+        return {handle.name: f"{socket.gethostname()}:{os.getpid()}" for handle in self._workers.values()}
 
     def close(self) -> None:
         self._workers.clear()

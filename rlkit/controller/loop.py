@@ -13,15 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlkit.config import RunConfig
-from rlkit.controller.checkpoint import checkpoint_folder, newest_valid, prune, save_checkpoint
+from rlkit.controller.checkpoint import checkpoint_folder, newest_valid, prune, read_ahead, save_checkpoint
 from rlkit.controller.clock import Clock
 from rlkit.controller.cluster import Cluster
 from rlkit.controller.evaluate import Evaluation, evaluate, gain
 from rlkit.controller.filtering import rollout_metrics, trainable
 from rlkit.controller.fleet import Engines, Learners, ReferenceScorer
+from rlkit.controller.lookahead import Lookahead
 from rlkit.controller.preemption import Preemption, StopRequested
 from rlkit.controller.progress import Coefficients, Progress
-from rlkit.controller.sampling import Sampled, Sampler
+from rlkit.controller.sampling import Sampled, Sampler, Submitted
 from rlkit.controller.tracking import Tracker
 from rlkit.data.collate import collate, group_index, minibatches, response_mask, token_rewards
 from rlkit.data.models.loading import context_length, load_tokenizer, resolve, stop_token_ids
@@ -76,23 +77,38 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             tracker.message(f"Going on after step {progress.step}." if found else "Nothing was saved yet: starting with step 1.")
         preemption = stack.enter_context(Preemption())
         engines, learner = Engines(config, cluster), Learners(config, cluster)
+        stack.callback(engines.close)
         if found is not None:
             learner.restore(str(found.folder.resolve()))
+        sampler = Sampler(engines=engines, rewards=rewards, tokenizer=tokenizer, seed=config.seed)
+        sampling, order = config.sampling(stops), PromptOrder(len(prompts.train), config.seed)
+
+        def submit(step: int) -> Submitted:
+            drawn = order.take((step - 1) * config.prompts_per_step, config.prompts_per_step)
+            return sampler.submit(f"step-{step}", [prompts.train[index] for index in drawn], config.group_size, sampling)
+
         run = Run(
             config=config,
             run_dir=run_dir,
             prompts=prompts,
             fingerprint=fingerprint,
-            order=PromptOrder(len(prompts.train), config.seed),
-            sampling=config.sampling(stops),
+            sampling=sampling,
             tracker=tracker,
             engines=engines,
             learner=learner,
             reference=start_reference(config, cluster, learner),
-            sampler=Sampler(engines=engines, rewards=rewards, tokenizer=tokenizer, seed=config.seed),
+            sampler=sampler,
+            ahead=Lookahead(
+                submit,
+                sampler.collect,
+                num_steps=config.num_steps,
+                max_staleness=config.max_staleness,
+                ready=read_ahead(found.folder) if found else {},
+            ),
             preemption=preemption,
             progress=progress,
         )
+        tracker.workers(cluster.places())
         how = f"Go on with: rlkit train resume={run_dir}"
         try:
             return run.train()
@@ -134,13 +150,13 @@ class Run:
     run_dir: Path
     prompts: PromptSet
     fingerprint: str
-    order: PromptOrder
     sampling: SamplingSpec
     tracker: Tracker
     engines: Engines
     learner: Learners
     reference: ReferenceScorer | None
     sampler: Sampler
+    ahead: Lookahead
     preemption: Preemption
     progress: Progress
     failed_saves: int = 0  # in a row
@@ -157,12 +173,12 @@ class Run:
         """One batch of rollouts: sampled, scored, learnt from; the new weights are on every engine at the end."""
         step = self.progress.step + 1
         clock = Clock()
-        with self.preemption.interruptible():
-            sampled = self.sample(step)
-        clock.add("generate", sampled.generate_s)
-        clock.add("reward", sampled.reward_s)
+        with self.preemption.interruptible(), clock.time("wait"):
+            sampled = self.ahead.take(step)
+        if not self.config.max_staleness:  # then the wait was for these two
+            clock.split("wait", generate=sampled.generate_s, reward=sampled.reward_s)
         rollouts, dropped = trainable(sampled.rollouts)
-        metrics = rollout_metrics(sampled, rollouts, dropped)
+        metrics = rollout_metrics(sampled, rollouts, dropped) | self.staleness(rollouts)
         advantages: Tensor | None = None
         if rollouts:
             with clock.time("score"):
@@ -172,11 +188,10 @@ class Run:
         else:
             self.tracker.message(f"Step {step}: no group has two scored samples, so nothing was learnt from it.")
         self.progress.step = step
-        if rollouts:
-            report = self.sync()
-            clock.add("sync", report.sync_s)
-            clock.add("sync_check", report.check_s)
-            metrics |= {"sync/probe_max": report.max_abs, "sync/probe_exp_mean": report.mean_exp_abs}
+        report = self.sync()
+        clock.add("sync", report.sync_s)
+        clock.add("sync_check", report.check_s)
+        metrics |= {"sync/probe_max": report.max_abs, "sync/probe_exp_mean": report.mean_exp_abs}
         self.report(step, metrics, clock, sampled, rollouts, advantages)
 
     def settle(self) -> None:
@@ -196,12 +211,15 @@ class Run:
         self.tracker.finish(checkpoint=checkpoint, stopped=stopped)
         return RunSummary(run_dir=self.run_dir, checkpoint=checkpoint, before=self.progress.before, after=self.progress.after)
 
-    def sample(self, step: int) -> Sampled:
-        """The step's rollouts. Submitting and collecting are apart, so that a later step's can be under way meanwhile."""
-        config = self.config
-        cursor = (step - 1) * config.prompts_per_step
-        prompts = [self.prompts.train[index] for index in self.order.take(cursor, config.prompts_per_step)]
-        return self.sampler.collect(self.sampler.submit(f"step-{step}", prompts, config.group_size, self.sampling))
+    def staleness(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """How many versions behind the sampled tokens are. Raises WorkerError above the bound, which would be our own mistake."""
+        if not rollouts:
+            return {}
+        behind = self.progress.step - np.concatenate([rollout.policy_version for rollout in rollouts])
+        bound = self.config.max_staleness
+        if behind.max() > bound:
+            raise WorkerError(f"A token of step {self.progress.step + 1} is {behind.max()} versions old; max_staleness={bound}.")
+        return {"staleness/mean": float(behind.mean()), "staleness/max": float(behind.max())} if bound else {}
 
     def prepare(self, rollouts: Sequence[Rollout]) -> tuple[TrainBatch, Tensor]:
         """Advantages [B, T] over the whole batch of rollouts, and the reference's scores where a strategy needs them."""
@@ -220,7 +238,9 @@ class Run:
     def learn(self, step: int, batch: TrainBatch) -> dict[str, float]:
         """Every optimiser step on one batch of rollouts."""
         config = self.config
-        if config.optimizer_steps_per_step > 1:
+        if config.max_staleness:  # the ratio is to the policy that sampled, which is not the present one
+            batch = batch.with_old_logprobs(batch.rollout_logprobs)
+        elif config.optimizer_steps_per_step > 1:
             batch = batch.with_old_logprobs(self.learner.logprobs(batch))
         parts: list[dict[str, Metric]] = []
         for epoch in range(config.epochs_per_batch):
@@ -249,13 +269,14 @@ class Run:
 
     def sync(self) -> SyncReport:
         """The learner's weights on every engine, proved, before anything else is sampled."""
-        return sync_weights(
-            self.learner,
-            self.engines,
-            version=self.progress.step,
-            probes=self.probes(),
-            tolerance=TOLERANCES[self.config.model.dtype.value],
-        )
+        with self.engines.paused():
+            return sync_weights(
+                self.learner,
+                self.engines,
+                version=self.progress.step,
+                probes=self.probes(),
+                tolerance=TOLERANCES[self.config.model.dtype.value],
+            )
 
     def probes(self) -> list[tuple[int, ...]]:
         """Token sequences that sync checks score: real prompts, and random tokens, which no cache and no habit predicts."""
@@ -306,7 +327,7 @@ class Run:
         last_saved, progress.saved_at = progress.saved_at, progress.step
         progress.note_best()
         try:
-            save_checkpoint(self.learner, self.run_dir, progress.step, progress.to_json(self.fingerprint))
+            save_checkpoint(self.learner, self.run_dir, progress.step, progress.to_json(self.fingerprint), self.ahead.ready())
         except ResourceError as error:
             progress.saved_at = last_saved
             self.failed_saves += 1
@@ -329,7 +350,8 @@ class Run:
         """The step's line in every sink."""
         timings = clock.stop()
         generated = sum(len(rollout.response_ids) for rollout in sampled.rollouts)
-        metrics["rate/generated_tokens_per_s"] = generated / timings["time/generate_s"]
+        # Beside learning, generation has the whole step.
+        metrics["rate/generated_tokens_per_s"] = generated / timings.get("time/generate_s", timings["time/step_s"])
         if "time/learn_s" in timings:
             learnt = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
             metrics["rate/learned_tokens_per_s"] = learnt / timings["time/learn_s"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from rlkit.controller.dispatch import Ticket
 from rlkit.controller.fleet import Engines, Generation
 from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.types import Prompt, Rollout, SampleRequest, SamplingSpec, single_turn_rollout
@@ -27,6 +28,11 @@ class Sampled:
     rollouts: list[Rollout]
     generate_s: float
     reward_s: float
+
+    @classmethod
+    def again(cls, rollouts: list[Rollout]) -> Sampled:
+        """Rollouts that an earlier process paid for."""
+        return cls(rollouts=rollouts, generate_s=0.0, reward_s=0.0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,5 +86,5 @@ class Submitted:
     """Responses under way, and whose they are."""
 
     owners: list[Prompt]
-    generation: Generation
+    generation: Generation | Ticket
     started: float

@@ -8,6 +8,10 @@ from typing import Any, Protocol
 class Pending(Protocol):
     """A call under way."""
 
+    def is_done(self) -> bool:
+        """Whether `result` would answer at once."""
+        ...
+
     def result(self, deadline_s: float) -> Any:
         """Wait for the outcome. Raises the worker's own RlkitError, or WorkerError when it died or outran the deadline."""
         ...

@@ -104,9 +104,10 @@ class Tolerance:
     layer: float  # mean relative difference of a layer's output, when looking for the culprit
 
 
-# float32 engines and learners agree to 3e-5, so 1e-4 is a real gate. In bfloat16 the two round differently, by up to 0.5 on
-# one token that the model finds unlikely, so only the mean is held. SmolLM2-135M on its own prompts is at 1.11; the same model
-# with a stale output head is 0.23 off in the mean, which is 1.26 or more.
+# float32 engines and learners agree to 3e-5, so 1e-4 is a real gate. In bfloat16 the two round differently, most on tokens that
+# the model finds unlikely, as random ones and a chat template's are: over 25 syncs of SmolLM2-135M the probes were at 1.05 to
+# 1.12, the tokens it sampled at 1.01 to 1.04 (`mismatch/exp_mean`). A stale output head of that model is 0.23 off in the mean,
+# 1.26 or more. So this gate finds gross mistakes only; it is (a) that finds any, whatever the size of the update.
 TOLERANCES = {
     "float32": Tolerance(max_abs=1e-4, mean_exp_abs=1.0001, layer=1e-4),
     "bfloat16": Tolerance(max_abs=float("inf"), mean_exp_abs=1.2, layer=0.05),
@@ -196,9 +197,12 @@ def check_behaviour(
 
 
 def first_difference(learner: dict[str, np.ndarray], engine: dict[str, np.ndarray], *, allowed: float) -> str:
-    """The first layer, in the order of computation, whose mean relative difference is above `allowed`; else the output head."""
+    """The first layer, in the order of computation, whose mean relative difference is above `allowed`; else the output head.
+
+    The learner does not run the last token, which predicts nothing.
+    """
     for name, mine in learner.items():
-        relative = float(np.abs(engine[name] - mine).mean() / (np.abs(mine).mean() + 1e-12))
+        relative = float(np.abs(engine[name][: len(mine)] - mine).mean() / (np.abs(mine).mean() + 1e-12))
         if not relative <= allowed:
             return f"{name} (mean relative difference {relative:.2g})"
     return "the final norm or lm_head (every layer before them agrees)"

@@ -36,7 +36,7 @@ def test_two_ranks_step_as_one(ray_cluster, random_model, make_batch):
         after[ranks] = exported(learner, ray_cluster), stats
     one, two = after[1][0], after[2][0]
     for name in one:
-        assert (one[name] - two[name]).norm() <= 1e-5 * (one[name] - before[name]).norm() + 1e-7, name
+        assert (one[name] - two[name]).norm() <= 3e-5 * (one[name] - before[name]).norm() + 1e-7, name
     for name, metric in after[1][1].metrics.items():
         assert after[2][1].metrics[name].value == pytest.approx(metric.value, rel=1e-4, abs=1e-6), name
 

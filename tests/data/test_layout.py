@@ -78,12 +78,9 @@ def test_every_layout_has_the_gradient_of_the_padded_one(kind, random_model):
     for each in (LayoutKind.padded, kind):
         policy = Policy(load_model(str(random_model(tied=True)), dtype=torch.float64))
         policy.requires_grad_(True)
-        weights = torch.Generator().manual_seed(1)
-        total = sum(
-            (values * torch.randn(len(values), generator=weights)).sum() for values in by_sample(policy, RAGGED, each, budget=40)
-        )
-        total.backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in policy.parameters()]))
+        values = torch.cat(by_sample(policy, RAGGED, each, budget=40))
+        (values * torch.randn(len(values), generator=torch.Generator().manual_seed(1))).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
     assert (gradients[1] - gradients[0]).norm() <= 1e-6 * gradients[0].norm()
 
 

@@ -15,6 +15,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -22,7 +23,7 @@ import yaml
 import rlkit
 from rlkit.config import CHOICES, RunConfig
 from rlkit.errors import ConfigError, DataError
-from rlkit.types import Rollout
+from rlkit.types import FinishReason, RewardStatus, Rollout
 
 LOCK = ".lock"
 _TOKENS = pa.list_(pa.int32())
@@ -50,6 +51,16 @@ _ROLLOUT_SCHEMA = pa.schema(
         "num_uses": pa.int32(),
     }
 )
+
+
+_ARRAYS = {
+    "response_ids": np.int64,
+    "rollout_logprobs": np.float32,
+    "policy_version": np.int64,
+    "turn_index": np.int64,
+    "origin": np.int64,
+    "token_rewards": np.float32,
+}
 
 
 def claim_folder(run_dir: Path, *, resumes: bool) -> TextIO:
@@ -134,6 +145,27 @@ def write_rollouts(path: Path, rollouts: Sequence[Rollout], advantages: Sequence
     temporary = path.with_name(f".{path.name}.tmp")
     pq.write_table(pa.table(columns, schema=_ROLLOUT_SCHEMA), temporary, compression="zstd")
     os.replace(temporary, path)
+
+
+def read_rollouts(path: Path) -> list[Rollout]:
+    """What `write_rollouts` wrote."""
+    rollouts = []
+    for row in pq.read_table(path).to_pylist():
+        del row["advantage"]
+        arrays = {name: np.array(row[name], dtype=dtype) for name, dtype in _ARRAYS.items()}
+        rollouts.append(
+            Rollout(
+                **row
+                | arrays
+                | {
+                    "prompt_ids": tuple(row["prompt_ids"]),
+                    "finish_reason": FinishReason[row["finish_reason"]],
+                    "status": RewardStatus[row["status"]],
+                    "reward_components": json.loads(row["reward_components"]),
+                }
+            )
+        )
+    return rollouts
 
 
 def _row(rollout: Rollout, advantage: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rlkit.controller.tracking.format import number
 EVALUATION = "evaluation/"
 
 _PARTS = {
+    "wait": ("time/wait_s",),
     "generate": ("time/generate_s",),
     "reward": ("time/reward_s",),
     "score": ("time/score_s",),

@@ -80,6 +80,10 @@ class Tracker:
         if every and step % every == 0:
             files.write_rollouts(self._run_dir / "rollouts" / f"step_{step:06d}.parquet", rollouts, advantages)
 
+    def workers(self, places: Mapping[str, str]) -> None:
+        """Where every worker runs, in workers.json: what a debugger or a profiler is attached to."""
+        files.write_atomically(self._run_dir / "workers.json", json.dumps(dict(places), indent=2) + "\n")
+
     def message(self, text: str) -> None:
         """A line for the person who watches, kept in log.txt."""
         text = redact(text)

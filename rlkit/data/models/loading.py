@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkit.errors import ConfigError, ResourceError
@@ -63,6 +65,15 @@ def load_model(folder: str, *, dtype: torch.dtype, trust_remote_code: bool = Fal
 
 def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def num_parameters(folder: str) -> int:
+    """Of the checkpoint in `folder`, from the headers of its files."""
+    total = 0
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            total += sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118  no iterator
+    return total
 
 
 def context_length(folder: str, *, trust_remote_code: bool = False) -> int | None:

@@ -1,0 +1,197 @@
+"""Components that die, hang or are told to stop, in real runs: what the user reads, what is left on disk, what is left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from rlkit.controller.checkpoint import newest_valid
+
+pytestmark = pytest.mark.slow
+
+RLKIT = str(Path(sys.executable).with_name("rlkit"))
+SETTINGS = [
+    "run_dir=run",
+    "num_steps=400",
+    "evaluation=none",
+    "checkpoint_every=1",
+    "keep_checkpoints=2",
+    "prompts_per_step=4",
+    "group_size=4",
+    "divergence=reverse_kl",
+    "divergence.estimator=k3_weighted",
+    "rollout.deadline_s=15",
+    "learner.deadline_s=30",
+]
+MAX_STOP_S = 60.0  # from the failure to the end of the process
+MAX_ORPHAN_S = 8.0  # until nothing that the run started is left
+
+
+class Run:
+    """A run in a session of its own, so that everything it started can be found again."""
+
+    def __init__(self, folder: Path, *arguments: str):
+        self.folder = folder
+        # Ray's own processes leave the session; the marker in their environment does not leave them.
+        self.marker = f"RLKIT_TEST_RUN={folder}"
+        name, _, value = self.marker.partition("=")
+        self.process = subprocess.Popen(
+            [RLKIT, "train", *arguments],
+            cwd=folder,
+            env=os.environ | {name: value},
+            stdout=(folder / "out.txt").open("w"),
+            stderr=(folder / "err.txt").open("w"),
+            start_new_session=True,
+        )
+
+    def wait_for_steps(self, count: int, limit_s: float = 180) -> None:
+        """Until so many checkpoints' steps are behind it."""
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError((self.folder / "err.txt").read_text()[-3000:])
+            file = self.folder / "run" / "metrics.jsonl"
+            if file.exists() and file.read_text().count("\n") >= count and (self.folder / "run" / "workers.json").exists():
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"no {count} steps within {limit_s} s")
+
+    def pid_of(self, worker: str) -> int:
+        places = json.loads((self.folder / "run" / "workers.json").read_text())
+        return int(places[worker].rpartition(":")[2])
+
+    def end(self, limit_s: float = MAX_STOP_S) -> tuple[int, str]:
+        """Exit code and what it said on standard error."""
+        return self.process.wait(timeout=limit_s), (self.folder / "err.txt").read_text()
+
+    def living(self) -> dict[int, str]:
+        """Processes that the run started and that still live."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == os.getpid():
+                continue
+            try:
+                if self.marker.encode() not in (entry / "environ").read_bytes().split(b"\0"):
+                    continue
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z":
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
+            except (OSError, PermissionError):
+                continue  # it ended while we looked
+        return found
+
+    def assert_nothing_is_left(self) -> None:
+        deadline = time.monotonic() + MAX_ORPHAN_S
+        while (left := self.living()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not left
+
+    def destroy(self) -> None:
+        for pid in {self.process.pid, *self.living()}:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path, *SETTINGS)
+    try:
+        run.wait_for_steps(2)
+        yield run
+    finally:
+        run.destroy()
+
+
+def assert_resumable(run: Run) -> None:
+    found, passed_over = newest_valid(run.folder / "run")
+    assert found is not None
+    assert not passed_over
+    assert found.progress["step"] >= 1
+
+
+@pytest.mark.parametrize("worker", ["rollout engine 0", "learner rank 0", "reference scorer"])
+def test_a_killed_worker_ends_the_run_with_its_name_and_the_way_to_go_on(worker, started):
+    assert len(started.living()) > 3
+    os.kill(started.pid_of(worker), signal.SIGKILL)
+    code, said = started.end()
+    assert code == 4
+    first = next(line for line in said.splitlines() if line.startswith("error: "))
+    assert first.startswith(f"error: {worker} died during ")
+    assert first.endswith("Go on with: rlkit train resume=run")
+    started.assert_nothing_is_left()
+    assert_resumable(started)
+
+
+@pytest.mark.parametrize(("worker", "deadline_s"), [("rollout engine 0", 15), ("learner rank 0", 30)])
+def test_a_worker_that_hangs_is_killed_at_its_deadline(worker, deadline_s, started):
+    os.kill(started.pid_of(worker), signal.SIGSTOP)
+    began = time.monotonic()
+    code, said = started.end()
+    assert code == 4
+    assert f"error: {worker} did not finish " in said
+    assert f"within {deadline_s} s and was killed. Go on with: rlkit train resume=run" in said
+    assert time.monotonic() - began < deadline_s + 30
+    started.assert_nothing_is_left()
+    assert_resumable(started)
+
+
+def test_a_killed_controller_leaves_no_process_behind(started):
+    started.process.kill()
+    started.end()
+    started.assert_nothing_is_left()
+    assert_resumable(started)
+
+
+def test_sigterm_stops_within_thirty_seconds_and_two_runs_made_of_parts_are_equal(tmp_path):
+    """Real vLLM in Ray: a run stopped twice and resumed twice is the run that was never stopped, in every number and weight."""
+    settings = [*SETTINGS, "num_steps=6", "evaluation=held_out", "evaluation.num_prompts=8", "evaluation.samples_per_prompt=4"]
+    settings += [
+        "evaluation.ks=[1]",
+        "evaluation.every=3",
+        "rollout.deadline_s=600",
+        "learner.deadline_s=600",
+        "max_response_tokens=12",
+    ]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = Run(tmp_path / "whole", *settings)
+    assert whole.end(300)[0] == 0
+    whole.assert_nothing_is_left()
+    parts = Run(tmp_path / "parts", *settings)
+    try:
+        parts.wait_for_steps(3)  # the evaluation before the first step, and two steps
+        began = time.monotonic()
+        parts.process.terminate()
+        code, said = parts.end()
+        assert code == 75
+        assert time.monotonic() - began < 30
+        assert "error: Stopped by SIGTERM after step " in said
+        parts.assert_nothing_is_left()
+        resumed = Run(tmp_path / "parts", "resume=run")
+        assert resumed.end(300)[0] == 0, (tmp_path / "parts" / "err.txt").read_text()[-3000:]
+    finally:
+        parts.destroy()
+    assert scalars(tmp_path / "parts") == scalars(tmp_path / "whole")
+    weights = [
+        load_file(tmp_path / name / "run/checkpoints/step_000006/state/learner-0-of-1.safetensors") for name in ("whole", "parts")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert tensor.equal(weights[1][name]), name
+
+
+def scalars(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith(("time/", "rate/"))} for row in rows]
