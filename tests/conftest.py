@@ -74,10 +74,9 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def learner():
     """One rank. Call `begin` with the settings a test needs: it forgets everything before."""
-    from rlkit.controller.cluster import free_local_address
     from rlkit.workers.learner import Learner, Rank
 
-    return Learner(Rank(index=0, count=1, address=free_local_address()))
+    return Learner(Rank(index=0, count=1))
 
 
 @pytest.fixture(scope="session")

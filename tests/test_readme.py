@@ -118,13 +118,18 @@ def test_every_rlkit_command_runs(tmp_path):
     evaluation = ["evaluation.num_prompts=2", "evaluation.samples_per_prompt=2", "evaluation.ks=[1]"]
     for line in (line for block in commands("bash") for line in block.splitlines() if line.startswith("rlkit ")):
         words = shlex.split(line, comments=True)
+        newest = max((tmp_path / "runs").glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime, default=None)
+        if words[1:] == ["train", "resume=runs/<run>"]:
+            assert newest is not None
+            run([*words[:2], f"resume={newest.parent}"], tmp_path)
+            continue
         if words[1] == "train":
             words += [*SHORT, *evaluation]
         if words[1] == "eval":
-            newest = max((tmp_path / "runs").glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
+            assert newest is not None
             words = ["rlkit", "eval", str(newest.parent), *evaluation]
         run(words, tmp_path)
-    assert len(list((tmp_path / "runs").glob("**/metrics.jsonl"))) == 6
+    assert len(list((tmp_path / "runs").glob("**/metrics.jsonl"))) == 7
     assert json.loads(row)
 
 

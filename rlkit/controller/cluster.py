@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Hashable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rlkit.controller.local import InProcessCluster
@@ -29,8 +29,8 @@ class Cluster(Protocol):
         """
         ...
 
-    def free_address(self) -> str:
-        """host:port that a group of workers can meet at."""
+    def meeting_point(self) -> str:
+        """host:port of a store where a new group of workers finds each other, wherever they are placed. It stays until `close`."""
         ...
 
     def places(self) -> dict[str, str]:
@@ -48,12 +48,6 @@ def open_cluster(settings: ClusterSettings) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.close()
-
-
-def free_local_address() -> str:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def core_share(share: tuple[int, int]) -> list[int]:
@@ -157,6 +151,7 @@ class RayCluster:
         import ray
 
         self._workers: dict[Hashable, RayHandle] = {}
+        self._stores: list[Any] = []
         if isinstance(settings, LocalRay):
             cores = len(os.sched_getaffinity(0))
             ray.init(
@@ -200,8 +195,15 @@ class RayCluster:
         )
         return RayHandle(name, actor)
 
-    def free_address(self) -> str:
-        return free_local_address()
+    def meeting_point(self) -> str:
+        import ray
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # it is documented
+
+        host = ray.util.get_node_ip_address()
+        # Here and not in a rank: where Ray will place rank 0 is not known before it starts.
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._stores.append(store)
+        return f"{host}:{store.port}"
 
     def places(self) -> dict[str, str]:
         living = [handle for handle in self._workers.values() if handle.is_alive]
@@ -214,4 +216,5 @@ class RayCluster:
             if handle.is_alive:
                 handle.kill()
         self._workers.clear()
+        self._stores.clear()
         ray.shutdown()

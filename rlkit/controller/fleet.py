@@ -119,7 +119,7 @@ class Learners:
         count = config.learner.num_ranks
         self._max_response_tokens = config.max_response_tokens
         self._deadline_s = config.learner.deadline_s
-        address = cluster.free_address()
+        address = cluster.meeting_point() if count > 1 else ""
         self._handles = [
             cluster.worker(
                 ("learner", index, count),

@@ -49,10 +49,8 @@ class InProcessCluster:
             self._workers[key] = LocalHandle(name, getattr(importlib.import_module(module), cls)(*args, **kwargs))
         return self._workers[key]
 
-    def free_address(self) -> str:
-        from rlkit.controller.cluster import free_local_address
-
-        return free_local_address()
+    def meeting_point(self) -> str:
+        return ""  # a group of one has nobody to meet
 
     def places(self) -> dict[str, str]:
         return {handle.name: f"{socket.gethostname()}:{os.getpid()}" for handle in self._workers.values()}

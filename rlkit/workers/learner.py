@@ -41,7 +41,7 @@ class Rank:
 
     index: int
     count: int
-    address: str  # host:port of rank 0's store
+    address: str = ""  # host:port of the store where ranks meet; not needed by one alone
 
     @property
     def is_first(self) -> bool:
@@ -57,13 +57,12 @@ class Learner:
         self.rank = rank
         if not dist.is_initialized():
             backend = "nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(
-                backend,
-                init_method=f"tcp://{rank.address}",
-                rank=rank.index,
-                world_size=rank.count,
-                timeout=timedelta(minutes=10),
-            )
+            # torch documents these three; its stubs do not export them.
+            store: dist.Store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            if rank.count > 1:
+                host, _, port = rank.address.rpartition(":")
+                store = dist.TCPStore(host, int(port), is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=rank.index, world_size=rank.count, timeout=timedelta(minutes=10))
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
     def begin(self, config: RunConfig) -> None:

@@ -98,7 +98,7 @@ def test_an_existing_folder_is_not_overwritten(tmp_path):
         tiny.build(tmp_path, 0, steps=1)
 
 
-@pytest.mark.slow
+@pytest.mark.study  # minutes of supervised training
 @pytest.mark.timeout(1800)
 def test_a_rebuild_is_as_good_as_the_shipped_model(tmp_path):
     """Not its bytes: another kind of processor rounds otherwise."""
