@@ -143,12 +143,35 @@ def first_line(error: BaseException | None) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def check_answers(address: str) -> None:
+    """Raises ResourceError where nobody listens at host:port. Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host:
+        return  # "auto": Ray knows where
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise ResourceError(unreachable(address, error)) from error
+
+
+def unreachable(address: str, error: Exception) -> str:
+    return (
+        f"cluster.address={address}: no Ray cluster answers there ({first_line(error)}). Start one with "
+        "`bash launchers/ray_cluster.sh head`, or write cluster=local."
+    )
+
+
 class RayCluster:
     """Implements `Cluster` on Ray: one it starts on this machine, or a running one."""
 
     def __init__(self, settings: ClusterSettings):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if isinstance(settings, ExistingRay):
+            check_answers(settings.address)
+            # Ray reads it when it is imported. Its own clusters, and so launchers/ray_cluster.sh, admit nobody without the token.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         import ray
+        from ray.exceptions import AuthenticationError
 
         self._workers: dict[Hashable, RayHandle] = {}
         self._stores: list[Any] = []
@@ -165,11 +188,8 @@ class RayCluster:
         elif isinstance(settings, ExistingRay):
             try:
                 ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
-            except ConnectionError as error:
-                raise ResourceError(
-                    f"cluster.address={settings.address}: no Ray cluster answers there ({first_line(error)}). Start one with "
-                    "`ray start --head`, or write cluster=local."
-                ) from error
+            except (ConnectionError, AuthenticationError) as error:
+                raise ResourceError(unreachable(settings.address, error)) from error
 
     def worker(self, key: Hashable, name: str, target: str, *args: Any, share: tuple[int, int] = (0, 1), **kwargs: Any) -> Handle:
         if key not in self._workers or not self._workers[key].is_alive:

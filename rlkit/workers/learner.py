@@ -278,13 +278,13 @@ class Learner:
         names = self._groups()[index]
         parameters = dict(self.policy.model.named_parameters())
         dtype = getattr(torch, self.config.model.dtype.value)
-        tensors = {name: full_tensor(parameters[name]).to(dtype) for name in names}
+        # A copy in any case: memory shared with a parameter would change at the next optimiser step.
+        tensors = {name: full_tensor(parameters[name]).to(dtype, copy=True) for name in names}
         if not self.rank.is_first:
             return None
         if index == 0:
             self._export_digests = {}
-        # pack() shares memory with a parameter that needed no cast, which the next optimiser step would change.
-        packed = {name: pack(tensor.clone()) for name, tensor in tensors.items()}
+        packed = {name: pack(tensor) for name, tensor in tensors.items()}
         self._export_digests |= {name: digest(tensor) for name, tensor in packed.items()}
         return WeightPart(version=version, tensors=packed)
 
