@@ -47,7 +47,7 @@ class Trainings:
         self.configs: list[RunConfig] = []
         self.failure: BaseException | None = None
 
-    def __call__(self, config: RunConfig, cluster: Any) -> None:
+    def __call__(self, config: RunConfig, cluster: Any, *, resume: bool = False) -> None:
         self.configs.append(config)
         if self.failure is not None:
             raise self.failure

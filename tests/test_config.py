@@ -198,7 +198,7 @@ def test_all_problems_come_in_one_report():
             "optimizer_steps_per_batch=4: ",
             "Write optimizer_steps_per_batch=2 or prompts_per_step=4.",
         ),
-        ("optimizer.warmup_steps=100", "optimizer.warmup_steps=100: ", "the run has only 100 optimiser steps"),
+        ("optimizer.warmup_steps=100", "optimizer.warmup_steps=100: ", "the run has only 70 optimiser steps"),
         ("optimizer.final_fraction=0.1", "optimizer.final_fraction=0.1: ", "Write optimizer.schedule=cosine."),
         ("optimizer.learning_rate=0", "optimizer.learning_rate=0.0: ", "Write a number above 0"),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate=nan: ", "Write a number above 0"),

@@ -19,6 +19,7 @@ from rlkit.compose import compose
 from rlkit.controller import loop
 from rlkit.controller.checkpoint import newest_valid
 from rlkit.controller.local import InProcessCluster
+from rlkit.controller.lookahead import Lookahead
 from rlkit.data.expressions import rows
 from rlkit.errors import DataError, ResourceError, WorkerError
 from rlkit.workers.learner import Learner
@@ -48,6 +49,7 @@ SETTINGS = [
     "optimizer.learning_rate=1e-3",
     "optimizer.schedule=cosine",
     "learner.tokens_per_microbatch=128",
+    "learner.layout=padded",  # two microbatches per optimiser step
     "checkpoint_every=3",
 ]
 
@@ -235,9 +237,9 @@ def test_without_a_whole_checkpoint_nothing_starts_and_nothing_is_deleted(cut_af
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("where", "step"), [("sample", 1), ("learn", 2), ("evaluate", 3)])
-def test_a_signal_saves_within_the_step_and_the_run_goes_on_from_there(number, where, step, uncut, monkeypatch, capsys):
-    real, calls = getattr(loop.Run, where), []
+@pytest.mark.parametrize(("owner", "where", "step"), [(Lookahead, "take", 1), (loop.Run, "learn", 2), (loop.Run, "evaluate", 3)])
+def test_a_signal_saves_within_the_step_and_the_run_goes_on_from_there(number, owner, where, step, uncut, monkeypatch, capsys):
+    real, calls = getattr(owner, where), []
 
     def call(*args, **kwargs):
         calls.append(1)
@@ -245,7 +247,7 @@ def test_a_signal_saves_within_the_step_and_the_run_goes_on_from_there(number, w
             os.kill(os.getpid(), number)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop.Run, where, call)
+    monkeypatch.setattr(owner, where, call)
     code = cli.guard(lambda: cli.dispatch(["train", *SETTINGS, "run_dir=run"]))
     said = capsys.readouterr().err
     assert code == 75

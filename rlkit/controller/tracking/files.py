@@ -71,6 +71,11 @@ def claim_folder(run_dir: Path, *, resumes: bool) -> TextIO:
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir={run_dir} is a file. Choose the name of a new folder.")
     run_dir.mkdir(parents=True, exist_ok=True)
+    if not resumes and any(entry.name != LOCK for entry in run_dir.iterdir()):
+        raise ConfigError(
+            f"run_dir={run_dir} already has files in it. Choose a new folder, leave run_dir unset to get one, or go on with that "
+            f"run: rlkit train resume={run_dir}"
+        )
     lock = (run_dir / LOCK).open("a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
@@ -79,12 +84,6 @@ def claim_folder(run_dir: Path, *, resumes: bool) -> TextIO:
         holder = lock.read().strip() or "another process"
         lock.close()
         raise ConfigError(f"run_dir={run_dir}: {holder} is training there. Wait for it, or choose another folder.") from error
-    if not resumes and any(entry.name != LOCK for entry in run_dir.iterdir()):
-        lock.close()
-        raise ConfigError(
-            f"run_dir={run_dir} already has files in it. Choose a new folder, leave run_dir unset to get one, or go on with that "
-            f"run: rlkit train resume={run_dir}"
-        )
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()}\n")
     lock.flush()

@@ -19,6 +19,7 @@ from rlkit.controller.tracking.plots import write_plots
 from rlkit.controller.tracking.redaction import plain_settings, redact
 from rlkit.controller.tracking.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink
 from rlkit.controller.tracking.summary import summarise
+from rlkit.errors import ResourceError
 from rlkit.types import Rollout
 
 
@@ -39,7 +40,12 @@ class Tracker:
         settings = plain_settings(config)
         self._sinks: list[Sink] = []
         if isinstance(config.tracking, WandbTracking):  # first: where it fails, the folder is still empty
-            self._sinks.append(WandbSink(config.tracking, run_dir=run_dir, name=run_dir.name, config=settings))
+            try:
+                self._sinks.append(WandbSink(config.tracking, run_dir=run_dir, name=run_dir.name, config=settings))
+            except ResourceError:
+                self._lock.close()
+                (run_dir / files.LOCK).unlink()
+                raise
         files.write_settings(run_dir, config, settings)
         files.write_versions(run_dir / "versions.json")
         self._log = (run_dir / "log.txt").open("a", encoding="utf-8")
