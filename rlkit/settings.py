@@ -215,6 +215,7 @@ class Learner:
     num_ranks: int = 1
     tokens_per_microbatch: int = 8192  # prompt, response and padding together
     layout: LayoutKind = LayoutKind.auto  # of samples in rows; changes speed, never the gradient
+    activation_checkpointing: bool = False  # keep each layer's input only, and run the layer again in the backward pass
     head_memory_mib: int = 256  # the output head is computed in chunks whose logits fit
     max_skipped_steps: int = 3  # non-finite steps in a row before the run stops
     deadline_s: float = 1800.0  # for one call

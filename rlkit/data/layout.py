@@ -187,10 +187,15 @@ def lay_out(sequences: Sequences, rows: Sequence[Row]) -> Layout:
     )
 
 
-def whole_sequence(token_ids: Sequence[int]) -> Layout:
-    """One sequence of which everything after the first token is predicted."""
-    ids = torch.tensor(token_ids)
-    return Layout(input_ids=ids[None, :-1], predicts=torch.arange(len(token_ids) - 1), targets=ids[1:])
+def whole_sequences(token_ids: Sequence[Sequence[int]]) -> Layout:
+    """A row each, of which everything after the first token is predicted."""
+    rows = [torch.tensor(ids) for ids in token_ids]
+    sequences = Sequences(
+        input_ids=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        prompt_lengths=torch.ones(len(rows), dtype=torch.int64),
+        response_lengths=torch.tensor([len(ids) - 1 for ids in rows]),
+    )
+    return lay_out(sequences, [[[index]] for index in range(len(rows))])
 
 
 # What a rank without samples runs: a model must see at least one token. Nothing reads the result.

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -19,13 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlkit.config import RunConfig
 from rlkit.core.divergences import FDivergence
 from rlkit.core.logprobs import TokenStatistics, chunk_size
 from rlkit.core.loss import Strategy
 from rlkit.core.reduce import Denominators, reduce
-from rlkit.data.layout import EMPTY_LAYOUT, Layout, LayoutKind, arrange, whole_sequence
+from rlkit.data.layout import EMPTY_LAYOUT, Layout, LayoutKind, arrange, whole_sequences
 from rlkit.data.models.loading import copy_tokenizer_files, load_model, resolve
 from rlkit.data.models.policy import Policy, ReferenceStates
 from rlkit.errors import DataError, NumericalError, ResourceError
@@ -93,9 +95,14 @@ class Learner:
         # bfloat16 is FSDP's mixed precision, as the engine runs it: parameters are cast once a forward, masters stay float32.
         bf16 = self.config.model.dtype is Dtype.bfloat16
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+        layers = cast(nn.ModuleList, model.get_decoder().layers)
+        if self.config.learner.activation_checkpointing:
+            # Around forward and not as a wrapping module, which would rename every parameter.
+            for layer in layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.rank.count,))
         if self.rank.count > 1:
-            for layer in cast(nn.ModuleList, model.get_decoder().layers):
+            for layer in layers:
                 fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
         # Losses are shares of a global mean, so ranks are summed; FSDP would average. The plain sum, because gloo has no other.
@@ -157,18 +164,13 @@ class Learner:
         """
         settings = self.config.learner
         kind = settings.layout if self.policy.takes_masks else LayoutKind.padded
-        count = 0
-        for samples, layout in arrange(
-            batch.sequences, token_budget=settings.tokens_per_microbatch, kind=kind, cost=self.policy.cost
-        ):
-            count += 1
+        parts = list(arrange(batch.sequences, token_budget=settings.tokens_per_microbatch, kind=kind, cost=self.policy.cost))
+        if self.rank.count > 1:  # agreed on before the first forward, so that no rank's collectives meet another's
+            most = torch.tensor(len(parts), device=self.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            parts += [([], EMPTY_LAYOUT)] * (int(most) - len(parts))
+        for samples, layout in parts:
             yield samples, batch.select(samples), layout
-        if self.rank.count == 1:
-            return
-        most = torch.tensor(count, device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        for _ in range(int(most) - count):
-            yield [], batch.select([]), EMPTY_LAYOUT
 
     def _backward(
         self,
@@ -294,13 +296,11 @@ class Learner:
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
         """Log-probs [len - 1] of each sequence's tokens given their prefixes, at temperature 1."""
-        scores = []
         with self._inference():
-            for sequence in sequences:
-                layout = whole_sequence(sequence).to(self.device)
-                statistics = self.policy(layout, temperature=1.0, chunk_tokens=self._chunk_tokens(1))
-                scores.append(statistics.logprobs.float().cpu().numpy())
-        return scores
+            layout = whole_sequences(sequences).to(self.device)
+            statistics = self.policy(layout, temperature=1.0, chunk_tokens=self._chunk_tokens(1))
+        lengths = [len(sequence) - 1 for sequence in sequences]
+        return [scores.numpy() for scores in statistics.logprobs.float().cpu().split(lengths)]
 
     def layer_outputs(self, sequence: tuple[int, ...]) -> dict[str, np.ndarray]:
         """See `Policy.layer_outputs`."""

@@ -11,6 +11,7 @@ from rlkit.types import SampleRequest, SamplingSpec
 from rlkit.workers.weight_sync import TOLERANCES, sync_weights
 
 SETTINGS = ["optimizer=sgd", "optimizer.learning_rate=0.5", "max_response_tokens=16", "aggregation=token_mean"]
+SETTINGS += ["max_prompt_tokens=8", "learner.tokens_per_microbatch=24"]  # so that ranks differ in their number of microbatches
 
 
 def exported(learner: Learners, cluster) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlkit.data.layout import LayoutKind, ModelCost, arrange, is_plain, lay_out, plan, plan_cost, row_width, whole_sequence
+from rlkit.data.layout import LayoutKind, ModelCost, arrange, is_plain, lay_out, plan, plan_cost, row_width, whole_sequences
 from rlkit.data.models.loading import load_model
 from rlkit.data.models.policy import Policy
 from rlkit.types import Sequences
@@ -63,7 +63,7 @@ def test_every_layout_predicts_what_the_sequences_alone_predict(kind, random_mod
     for sample in range(len(RAGGED.prompt_lengths)):
         ids = [*RAGGED.prompt(sample), *RAGGED.response(sample).tolist()]
         count = int(RAGGED.response_lengths[sample])
-        scores = policy(whole_sequence(ids), temperature=0.7, chunk_tokens=1000).logprobs if len(ids) > 1 else torch.zeros(0)
+        scores = policy(whole_sequences([ids]), temperature=0.7, chunk_tokens=1000).logprobs if len(ids) > 1 else torch.zeros(0)
         expected.append(scores[len(scores) - count :])
     for budget in (24, 10_000):
         found = by_sample(policy, RAGGED, kind, budget=budget)

@@ -111,6 +111,28 @@ def test_microbatches_and_head_chunks_leave_the_gradient_unchanged(begin, make_b
         assert (split[name] - gradient).norm() / gradient.norm() < 2e-5, name
 
 
+def test_activation_checkpointing_leaves_the_gradient_unchanged_and_keeps_less(begin, make_batch):
+    """To the last bit: each layer runs again on the same inputs. What autograd holds at the end of a forward is counted."""
+    batch = make_batch(rows=9)
+    gradients, kept = [], []
+    for setting in ("false", "true"):
+        learner = begin(f"learner.activation_checkpointing={setting}")
+        gradients.append(gradient_of_one_step(learner, batch))
+        held = {}
+
+        def note(tensor: torch.Tensor, held=held) -> torch.Tensor:
+            held[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        (_, part, layout), *_ = learner._microbatches(batch)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            learner._forward(part, layout, gradient=True)
+        kept.append(sum(held.values()))
+    assert kept[1] < 0.6 * kept[0]
+    for name, gradient in gradients[0].items():
+        assert gradients[1][name].equal(gradient), name
+
+
 def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_stop_the_run(begin, make_batch):
     learner, batch = begin("optimizer=adamw", "optimizer.learning_rate=0.01"), make_batch()
     step(learner, batch)  # Adam has moments now

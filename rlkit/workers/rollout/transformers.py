@@ -10,7 +10,7 @@ import torch
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from rlkit.data.layout import whole_sequence
+from rlkit.data.layout import whole_sequences
 from rlkit.data.models.loading import load_model
 from rlkit.data.models.policy import Policy
 from rlkit.types import Completion, FinishReason, SampleRequest, SamplingSpec
@@ -111,11 +111,9 @@ class TransformersRolloutEngine:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
-        scores = []
-        for sequence in sequences:
-            statistics = self._policy(whole_sequence(sequence), temperature=1.0, chunk_tokens=len(sequence))
-            scores.append(statistics.logprobs.numpy())
-        return scores
+        lengths = [len(sequence) - 1 for sequence in sequences]
+        statistics = self._policy(whole_sequences(sequences), temperature=1.0, chunk_tokens=max(sum(lengths), 1))
+        return [scores.numpy() for scores in statistics.logprobs.split(lengths)]
 
     def receive(self, part: WeightPart) -> None:
         self._staged.update(part.tensors)
