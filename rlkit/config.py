@@ -22,6 +22,7 @@ from rlkit.core.control import Control, Fixed
 from rlkit.core.distill import NoTeacher, Teacher
 from rlkit.core.divergences import Divergence, NoDivergence, ReverseKL
 from rlkit.core.entropy import EntropyBonus, EntropyTerm, NoEntropy, NoSelector, Selector
+from rlkit.core.loss import Strategy
 from rlkit.core.objectives import ClippedSurrogate, Objective
 from rlkit.core.ratios import Correction, NoCorrection
 from rlkit.core.reduce import Aggregation
@@ -120,9 +121,21 @@ class RunConfig:
         return self.optimizer_steps_per_batch * self.epochs_per_batch
 
     @property
+    def strategy(self) -> Strategy:
+        """The parts of the loss together."""
+        return Strategy(
+            objective=self.objective,
+            selector=self.selector,
+            correction=self.correction,
+            divergence=self.divergence,
+            entropy=self.entropy,
+            aggregation=self.aggregation,
+        )
+
+    @property
     def needs(self) -> frozenset[str]:
         """What the chosen strategies must be given; what nobody needs is not computed, and its worker not started."""
-        return self.objective.needs | self.correction.needs | self.divergence.needs | self.entropy.needs | self.selector.needs
+        return self.strategy.needs
 
     def sampling(self, stop_token_ids: tuple[int, ...]) -> SamplingSpec:
         """How training responses are drawn."""

@@ -160,6 +160,7 @@ def test_a_killed_controller_leaves_no_process_behind(started):
     assert_resumable(started)
 
 
+@pytest.mark.timeout(1200)  # three runs
 def test_sigterm_stops_within_thirty_seconds_and_two_runs_made_of_parts_are_equal(tmp_path):
     """Real vLLM in Ray: a run stopped twice and resumed twice is the run that was never stopped, in every number and weight."""
     settings = [*SETTINGS, "num_steps=6", "evaluation=held_out", "evaluation.num_prompts=8", "evaluation.samples_per_prompt=4"]

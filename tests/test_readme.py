@@ -111,6 +111,7 @@ def run(line: list[str], folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a dozen commands, each with its own start of Ray and vLLM
 def test_every_rlkit_command_runs(tmp_path):
     row, code = commands("json")[0], commands("python")
     (tmp_path / "rows.jsonl").write_text("".join(row.replace("7", str(number)) for number in range(30)))

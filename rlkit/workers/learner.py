@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 from rlkit.config import RunConfig
 from rlkit.core.divergences import FDivergence
 from rlkit.core.logprobs import TokenStatistics, chunk_size
-from rlkit.core.loss import Strategy
 from rlkit.core.reduce import Denominators, reduce
 from rlkit.data.layout import EMPTY_LAYOUT, Layout, LayoutKind, arrange, whole_sequences
 from rlkit.data.models.loading import copy_tokenizer_files, load_model, resolve
@@ -73,14 +72,7 @@ class Learner:
         self.model_folder = resolve(config.model.path)
         self.policy = self._load_policy()
         self.optimizer = make_optimizer(config.optimizer, self.policy)
-        self.strategy = Strategy(
-            objective=config.objective,
-            selector=config.selector,
-            correction=config.correction,
-            divergence=config.divergence,
-            entropy=config.entropy,
-            aggregation=config.aggregation,
-        )
+        self.strategy = config.strategy
         self.reference_head: Tensor | None = None
         self.num_updates = 0  # optimiser steps attempted: drives the learning-rate schedule
         self.skipped_in_a_row = 0
