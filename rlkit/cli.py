@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -107,7 +108,9 @@ def run(overrides: Sequence[str] | None = None, extra: Mapping[str, Mapping[str,
 def guard(command: Callable[[], int]) -> int:
     """The command's exit code; a RlkitError becomes one message and its own code."""
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()  # here, where a reader that left is no error, and not when Python ends
+        return code
     except RlkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -115,7 +118,7 @@ def guard(command: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
         return 0
 
 

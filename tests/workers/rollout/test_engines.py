@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlkit.data.models.loading import load_model
-from rlkit.types import FinishReason, SampleRequest, SamplingSpec
+from rlkit.types import Completion, FinishReason, SampleRequest, SamplingSpec
 
 DEADLINE_S = 300.0
 PROMPTS = ((5, 6, 7), (8, 9, 10, 11, 12), (20,) * 9, (33, 34))
@@ -78,3 +78,36 @@ def test_score_gives_the_logprobs_of_given_tokens(engine_of, random_model, kind)
     scores = engine_of(kind, tied=True).call("score", [sequence]).result(DEADLINE_S)
     model = load_model(random_model(tied=True), dtype=torch.float32)
     np.testing.assert_allclose(scores[0], reference_logprobs(model, sequence[:1], np.array(sequence[1:]), 1.0), atol=1e-4)
+
+
+def advance_to_the_end(engine, wanted: int) -> dict[str, Completion]:
+    done: dict[str, Completion] = {}
+    for _ in range(1000):
+        done |= {completion.sample_id: completion for completion in engine.call("advance", [], spec()).result(DEADLINE_S)}
+        if len(done) >= wanted:
+            return done
+    raise AssertionError(f"{len(done)} of {wanted} samples finished")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_handed_in_one_by_one_are_those_of_one_call(engine_of, kind):
+    """Also while other work passes: a score does not swallow what finishes meanwhile."""
+    engine = engine_of(kind, tied=True)
+    together = engine.call("generate", requests(8), spec(max_tokens=40)).result(DEADLINE_S)
+    done: dict[str, Completion] = {}
+    for request in requests(8):
+        done |= {c.sample_id: c for c in engine.call("advance", [request], spec(max_tokens=40)).result(DEADLINE_S)}
+        engine.call("score", [(5, 6, 7)]).result(DEADLINE_S)
+    if len(done) < 8:
+        done |= advance_to_the_end(engine, 8 - len(done))
+    assert [done[c.sample_id].response_ids.tolist() for c in together] == [c.response_ids.tolist() for c in together]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_aborted_samples_are_gone_and_the_engine_goes_on(engine_of, kind):
+    engine = engine_of(kind, tied=True)
+    engine.call("advance", requests(4), spec(max_tokens=60, stop_token_ids=())).result(DEADLINE_S)
+    engine.call("abort").result(DEADLINE_S)
+    (completion,) = engine.call("generate", requests(1), spec()).result(DEADLINE_S)
+    assert completion.sample_id == "0"
+    assert engine.call("advance", [], spec()).result(DEADLINE_S) == []

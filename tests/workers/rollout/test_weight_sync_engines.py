@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from rlkit.compose import compose
 from rlkit.errors import SyncError
+from rlkit.types import SampleRequest, SamplingSpec
 from rlkit.workers.learner import Learner
 from rlkit.workers.weight_sync import TOLERANCES, Manifest, check_behaviour, sync_weights
 
@@ -141,3 +142,27 @@ def test_the_tied_head_workaround_is_still_needed(random_model):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout.rsplit("moved by the fix:", 1)[1]) > 0.1
+
+
+@pytest.mark.slow
+def test_a_sync_between_two_tokens_is_seen_by_the_samples_under_way(learner, engine_of, random_model):
+    """Every token carries the version that sampled it: those before the sync the old one, those after it the new one."""
+    handle = engine_of("vllm", tied=True)
+    begin(learner, random_model(tied=True))
+    engine = OneEngine(handle)
+    sync_weights(learner, engine, version=7, probes=PROBES, tolerance=TOLERANCES["float32"])
+    requests = [SampleRequest(sample_id=f"under way {i}", prompt_ids=(5, 6, 7 + i), seed=i) for i in range(4)]
+    sampling = SamplingSpec(max_tokens=60, stop_token_ids=())
+    done = handle.call("advance", requests, sampling).result(DEADLINE_S)
+    assert done == []  # sixteen tokens of sixty
+    for name in groups(learner):
+        perturb(learner, name)
+    sync_weights(learner, engine, version=8, probes=PROBES, tolerance=TOLERANCES["float32"])
+    for _ in range(10):
+        done += handle.call("advance", [], sampling).result(DEADLINE_S)
+    assert {completion.sample_id for completion in done} == {request.sample_id for request in requests}
+    for completion in done:
+        versions = completion.policy_version.tolist()
+        assert versions == sorted(versions)
+        assert set(versions) == {7, 8}
+        assert versions.count(7) == 16
