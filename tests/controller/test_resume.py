@@ -239,6 +239,7 @@ def test_without_a_whole_checkpoint_nothing_starts_and_nothing_is_deleted(cut_af
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("owner", "where", "step"), [(Lookahead, "take", 1), (loop.Run, "learn", 2), (loop.Run, "evaluate", 3)])
 def test_a_signal_saves_within_the_step_and_the_run_goes_on_from_there(number, owner, where, step, uncut, monkeypatch, capsys):
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     real, calls = getattr(owner, where), []
 
     def call(*args, **kwargs):
@@ -253,7 +254,7 @@ def test_a_signal_saves_within_the_step_and_the_run_goes_on_from_there(number, o
     assert code == 75
     assert f"Stopped by {number.name} after step {step} of 8, and saved." in said
     assert said.rstrip().endswith("Go on with: rlkit train resume=run")
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     resume("run")
     after = outcome("run")
     assert after.pop("progress") | {"saved_at": 0} == uncut["progress"] | {"saved_at": 0}
