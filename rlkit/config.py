@@ -364,15 +364,15 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer_steps_per_batch={parts}: prompts_per_step={prompts} cannot be cut into {parts} equal mini-batches. "
             f"Write optimizer_steps_per_batch={fitting} or prompts_per_step={-(-prompts // parts) * parts}."
         )
-    if config.divergence.on_policy_only and config.optimizer_steps_per_step > 1:
-        estimator = getattr(config.divergence, "estimator").name  # noqa: B009  # pyright knows of no estimator in the base
+    # pyright knows of no estimator in the base
+    estimator = getattr(config.divergence, "estimator").name if config.divergence.on_policy_only else ""  # noqa: B009
+    if estimator and config.optimizer_steps_per_step > 1:
         yield (
             f"divergence.estimator={estimator}: its gradient is right only for the first optimiser step on a batch, and there are "
             f"{config.optimizer_steps_per_step} (optimizer_steps_per_batch={parts}, epochs_per_batch={config.epochs_per_batch}). "
             "Write divergence.estimator=k3_weighted, score or exact, or take one optimiser step per batch."
         )
-    if config.divergence.on_policy_only and config.max_staleness > 0:
-        estimator = getattr(config.divergence, "estimator").name  # noqa: B009  # pyright knows of no estimator in the base
+    if estimator and config.max_staleness > 0:
         yield (
             f"divergence.estimator={estimator}: its gradient is right only for samples of the present policy, and "
             f"max_staleness={config.max_staleness} trains on older ones. Write divergence.estimator=k3_weighted or exact, or "

@@ -82,7 +82,10 @@ class Dispatcher:
         try:
             while (taken := self._take(under_way)) is not None:
                 requests, sampling = taken
-                completions = handle.call("advance", requests, sampling).result(self._deadline_s)
+                try:
+                    completions = handle.call("advance", requests, sampling).result(self._deadline_s)
+                finally:
+                    self._leave()
                 self._deliver(completions, under_way)
             if under_way:
                 handle.call("abort")
@@ -108,9 +111,14 @@ class Dispatcher:
             self._num_busy += 1
             return requests, sampling
 
-    def _deliver(self, completions: Sequence[Completion], under_way: dict[str, Ticket]) -> None:
+    def _leave(self) -> None:
+        """The engine's call is over, however it ended."""
         with self._changed:
             self._num_busy -= 1
+            self._changed.notify_all()
+
+    def _deliver(self, completions: Sequence[Completion], under_way: dict[str, Ticket]) -> None:
+        with self._changed:
             for completion in completions:
                 ticket = under_way.pop(completion.sample_id)
                 ticket.done[completion.sample_id] = completion
@@ -121,7 +129,6 @@ class Dispatcher:
     def _fail(self, failure: BaseException) -> None:
         with self._changed:
             self._is_closed = True
-            self._num_busy = 0
             for ticket in self._tickets:
                 ticket.failure = failure
             self._changed.notify_all()
