@@ -131,7 +131,7 @@ class Learners:
             for index in range(count)
         ]
         self._exporting: list[Pending] = []  # the other ranks' share of a gather under way
-        self._all("begin", config)
+        wait([handle.call("begin", config) for handle in self._handles], START_DEADLINE_S)
 
     def update(self, batch: TrainBatch, *, divergence_coef: float | None, entropy_coef: float | None) -> StepStats:
         """One optimiser step; its denominators are counted here, before the rows are dealt out."""
