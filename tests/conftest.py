@@ -74,7 +74,8 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def learner():
     """One rank. Call `begin` with the settings a test needs: it forgets everything before."""
-    from rlkit.workers.learner import Learner, Rank
+    from rlkit.workers.handle import Rank
+    from rlkit.workers.learner import Learner
 
     return Learner(Rank(index=0, count=1))
 

@@ -1,6 +1,7 @@
 """The module map, enforced: what a file may import follows from its layer."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,3 +101,11 @@ def test_layer_zero_and_the_command_line_start_with_the_standard_library():
         if file == Path("cli.py"):
             at_once = imports(ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []))
             assert {name for name in at_once if name.partition(".")[0] not in sys.stdlib_module_names} == {"rlkit.errors"}
+
+
+def test_the_controller_does_not_import_what_only_workers_need():
+    """It would cost every start of a run seconds."""
+    heavy = ["transformers", "torch.distributed.tensor", "torch._dynamo", "vllm", "ray", "matplotlib"]
+    code = f"import sys, rlkit.controller.loop; print(sorted(set(sys.modules) & set({heavy})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"

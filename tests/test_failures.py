@@ -30,7 +30,7 @@ SETTINGS = [
     "divergence=reverse_kl",
     "divergence.estimator=k3_weighted",
     "rollout.deadline_s=15",
-    "learner.deadline_s=30",
+    "learner.deadline_s=20",
 ]
 MAX_STOP_S = 60.0  # from the failure to the end of the process
 MAX_ORPHAN_S = 8.0  # until nothing that the run started is left
@@ -54,20 +54,29 @@ class Run:
                 start_new_session=True,
             )
 
-    def wait_for_steps(self, count: int, limit_s: float = 180) -> None:
-        """Until so many checkpoints' steps are behind it."""
+    def wait_for_steps(self, count: int, limit_s: float = 180, *, of: str = "run") -> None:
+        """Until so many checkpoints' steps are behind it; `of`: the run's folder."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise AssertionError((self.folder / "err.txt").read_text()[-3000:])
-            file = self.folder / "run" / "metrics.jsonl"
-            if file.exists() and file.read_text().count("\n") >= count and (self.folder / "run" / "workers.json").exists():
+            file = self.folder / of / "metrics.jsonl"
+            if file.exists() and file.read_text().count("\n") >= count and file.with_name("workers.json").exists():
                 return
             time.sleep(0.1)
         raise AssertionError(f"no {count} steps within {limit_s} s")
 
-    def pid_of(self, worker: str) -> int:
-        places = json.loads((self.folder / "run" / "workers.json").read_text())
+    def wait_for_outcome(self, number: int, limit_s: float = 90) -> dict:
+        """What a sweep noted of one of its runs, once it has ended."""
+        file, deadline = self.folder / "run" / "sweep.json", time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            if file.exists() and (outcome := json.loads(file.read_text())[number])["exit_code"] is not None:
+                return outcome
+            time.sleep(0.1)
+        raise AssertionError(f"run {number} had not ended after {limit_s} s")
+
+    def pid_of(self, worker: str, *, of: str = "run") -> int:
+        places = json.loads((self.folder / of / "workers.json").read_text())
         return int(places[worker].rpartition(":")[2])
 
     def end(self, limit_s: float = MAX_STOP_S) -> tuple[int, str]:
@@ -119,37 +128,56 @@ def started(tmp_path: Path) -> Iterator[Run]:
         run.destroy()
 
 
-def assert_resumable(run: Run) -> None:
-    found, passed_over = newest_valid(run.folder / "run")
+def assert_resumable(folder: Path) -> None:
+    found, passed_over = newest_valid(folder)
     assert found is not None
     assert not passed_over
     assert found.progress["step"] >= 1
 
 
-@pytest.mark.parametrize("worker", ["rollout engine 0", "learner rank 0", "reference scorer"])
-def test_a_killed_worker_ends_the_run_with_its_name_and_the_way_to_go_on(worker, started):
+def test_a_killed_worker_ends_the_run_with_its_name_and_the_way_to_go_on(started):
     assert len(started.living()) > 3
-    os.kill(started.pid_of(worker), signal.SIGKILL)
+    os.kill(started.pid_of("rollout engine 0"), signal.SIGKILL)
     code, said = started.end()
     assert code == 4
     first = next(line for line in said.splitlines() if line.startswith("error: "))
-    assert first.startswith(f"error: {worker} died during ")
+    assert first.startswith("error: rollout engine 0 died during ")
     assert first.endswith("Go on with: rlkit train resume=run")
     started.assert_nothing_is_left()
-    assert_resumable(started)
+    assert_resumable(started.folder / "run")
 
 
-@pytest.mark.parametrize(("worker", "deadline_s"), [("rollout engine 0", 15), ("learner rank 0", 30)])
-def test_a_worker_that_hangs_is_killed_at_its_deadline(worker, deadline_s, started):
-    os.kill(started.pid_of(worker), signal.SIGSTOP)
-    began = time.monotonic()
-    code, said = started.end()
-    assert code == 4
-    assert f"error: {worker} did not finish " in said
-    assert f"within {deadline_s} s and was killed. Go on with: rlkit train resume=run" in said
-    assert time.monotonic() - began < deadline_s + 30
-    started.assert_nothing_is_left()
-    assert_resumable(started)
+KILLED, HANGS = "died during ", "did not finish "
+FAILURES = [  # one in each run of a sweep; the next run finds what still lives, and starts what does not
+    ("learner rank 0", signal.SIGKILL, KILLED, 0),
+    ("reference scorer", signal.SIGKILL, KILLED, 0),
+    ("rollout engine 0", signal.SIGSTOP, HANGS, 15),
+    ("learner rank 0", signal.SIGSTOP, HANGS, 20),
+]
+
+
+@pytest.mark.timeout(900)  # one start of everything, then of what failed
+def test_every_kind_of_worker_may_die_or_hang_and_the_next_run_of_a_sweep_starts(tmp_path):
+    seeds = ",".join(str(seed) for seed in range(len(FAILURES)))
+    sweep = Run(tmp_path, "-m", f"seed={seeds}", *SETTINGS)
+    try:
+        for seed, (worker, number, what, deadline_s) in enumerate(FAILURES):
+            name = f"run/seed={seed}"
+            sweep.wait_for_steps(2, of=name)
+            os.kill(sweep.pid_of(worker, of=name), number)
+            began = time.monotonic()
+            outcome = sweep.wait_for_outcome(seed)
+            assert time.monotonic() - began < deadline_s + 30
+            assert outcome["exit_code"] == 4
+            assert outcome["message"].startswith(f"{worker} {what}")
+            assert outcome["message"].endswith(f"Go on with: rlkit train resume={name}")
+            if what == HANGS:
+                assert f"within {deadline_s} s and was killed." in outcome["message"]
+            assert_resumable(tmp_path / name)
+        assert sweep.end()[0] == 4
+        sweep.assert_nothing_is_left()
+    finally:
+        sweep.destroy()
 
 
 def test_a_killed_controller_leaves_no_process_behind(started):
@@ -157,7 +185,7 @@ def test_a_killed_controller_leaves_no_process_behind(started):
     started.end()
     # Ray 2.60's own two agents notice after a minute that nobody is left. They hold no weights and no device.
     started.assert_nothing_is_left(ignoring=("ray::DashboardAgent", "ray::RuntimeEnvAgent"))
-    assert_resumable(started)
+    assert_resumable(started.folder / "run")
 
 
 @pytest.mark.timeout(1200)  # three runs

@@ -21,8 +21,7 @@ from rlkit.errors import ConfigError
 from rlkit.metrics import merge
 from rlkit.settings import TransformersEngine, VllmEngine
 from rlkit.types import Completion, Rollout, SampleRequest, SamplingSpec, StepStats, TrainBatch
-from rlkit.workers.handle import Handle, Pending
-from rlkit.workers.learner import Rank
+from rlkit.workers.handle import Handle, Pending, Rank
 from rlkit.workers.rollout.engine import EngineSpec
 from rlkit.workers.scorer import ScorerSpec, Scores
 from rlkit.workers.weight_sync import Manifest

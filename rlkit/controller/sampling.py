@@ -6,13 +6,15 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from rlkit.controller.dispatch import Ticket
 from rlkit.controller.fleet import Engines, Generation
 from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.types import Prompt, Rollout, SampleRequest, SamplingSpec, single_turn_rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def sample_seed(*parts: str | int) -> int:

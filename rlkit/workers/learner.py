@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -33,20 +32,8 @@ from rlkit.errors import DataError, NumericalError, ResourceError
 from rlkit.metrics import Last, Max, Mean, Metric, Min, Sum, merge
 from rlkit.settings import AdamW, Dtype, Optimizer, Schedule
 from rlkit.types import StepStats, TrainBatch
+from rlkit.workers.handle import Rank
 from rlkit.workers.weight_sync import Manifest, WeightPart, digest, layer_groups, pack
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rank:
-    """This process's place among the learner's ranks."""
-
-    index: int
-    count: int
-    address: str = ""  # host:port of the store where ranks meet; not needed by one alone
-
-    @property
-    def is_first(self) -> bool:
-        return self.index == 0
 
 
 class Learner:

@@ -45,13 +45,14 @@ def write_plots(history: History, folder: Path) -> list[Path]:
     written = []
     for name, draw in _PICTURES.items():
         with rc_context(_STYLE):  # not pyplot: its global state and its windows have no place in a library
-            figure = Figure(figsize=(6.0, 3.5), dpi=160, layout="constrained")
+            figure = Figure(figsize=(6.0, 3.5), dpi=160)  # fixed margins: a layout engine draws everything twice
             FigureCanvasAgg(figure)
             axes = figure.add_subplot(xlabel="step")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
             if not draw(axes, history):
                 continue
-            _legend(axes)
+            has_legend = _legend(axes)
+            figure.subplots_adjust(left=0.12, right=0.74 if has_legend else 0.97, bottom=0.14, top=0.89)
             figure.savefig(folder / f"{name}.png")
         written.append(folder / f"{name}.png")
     return written
@@ -166,7 +167,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _legend(axes: Axes) -> None:
-    """Beside the curves, never on them. The pictures draw from below, so the last is the uppermost."""
-    if axes.get_legend_handles_labels()[1]:
+def _legend(axes: Axes) -> bool:
+    """Beside the curves, never on them. The pictures draw from below, so the last is the uppermost. False: nothing to tell."""
+    if found := bool(axes.get_legend_handles_labels()[1]):
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, fontsize=8, reverse=True)
+    return found

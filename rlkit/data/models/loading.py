@@ -7,12 +7,15 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkit.errors import ConfigError, ResourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHIPPED = Path(__file__).parent  # built-in models that travel in the package
 
@@ -55,6 +58,8 @@ def resolve(path: str) -> str:
 
 def load_model(folder: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model in `folder`, without gradients or dropout until asked."""
+    from transformers import AutoModelForCausalLM  # takes seconds to import, and the controller holds no model
+
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
     )
@@ -64,6 +69,8 @@ def load_model(folder: str, *, dtype: torch.dtype, trust_remote_code: bool = Fal
 
 
 def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -78,6 +85,8 @@ def num_parameters(folder: str) -> int:
 
 def context_length(folder: str, *, trust_remote_code: bool = False) -> int | None:
     """Positions that the model was built for, or None where its config does not say."""
+    from transformers import AutoConfig
+
     return getattr(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), "max_position_embeddings", None)
 
 
