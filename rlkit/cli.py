@@ -263,17 +263,20 @@ def command_eval(arguments: Sequence[str]) -> int:
 
 
 def locate(folder: Path) -> tuple[Path, Path | None]:
-    """The checkpoint that `folder` is or holds, and the run it belongs to, if any."""
+    """The checkpoint that `folder` is, or the newest whole one that it holds, and the run it belongs to, if any."""
     if (folder / "config.json").is_file():
         run_dir = folder.resolve().parent.parent
         return folder, run_dir if (run_dir / "choices.yaml").is_file() else None
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder. Write a run folder (under runs/) or a checkpoint folder.")
-    # Their names carry the step, zero-padded, so the last in the alphabet is the newest; a half-written one starts with a dot.
-    whole = sorted(file.parent for file in folder.glob("checkpoints/[!.]*/config.json"))
-    if not whole:
+    from rlkit.controller.checkpoint import newest_valid
+
+    found, passed_over = newest_valid(folder)
+    if found is None:
         raise ConfigError(f"{folder}: neither a checkpoint (config.json) nor a run with one (checkpoints/*/config.json).")
-    return whole[-1], folder
+    for reason in passed_over:
+        print(f"Passed over: {reason}")
+    return found.folder, folder
 
 
 def evaluation_config(checkpoint: Path, run_dir: Path | None, overrides: Sequence[str]) -> RunConfig:

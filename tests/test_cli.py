@@ -15,6 +15,7 @@ import pytest
 from rlkit import cli
 from rlkit.compose import compose
 from rlkit.config import CHOICES, RunConfig
+from rlkit.controller.checkpoint import FORMAT, MANIFEST, PROGRESS
 from rlkit.controller.tracking import files
 from rlkit.controller.tracking.redaction import plain_settings
 from rlkit.core.objectives import ClippedSurrogate
@@ -224,7 +225,11 @@ def make_run(folder: Path, *overrides: str) -> Path:
     config = compose([*overrides, *IN_PROCESS])
     for name in ("step_000009", "step_000010", ".tmp-step_000011"):
         (folder / "checkpoints" / name).mkdir(parents=True)
+        (folder / "checkpoints" / name / "state").mkdir()
         (folder / "checkpoints" / name / "config.json").write_text("{}")
+        (folder / "checkpoints" / name / PROGRESS).write_text("{}")
+        sizes = {"files": {"config.json": {"size": 2}}, "format": FORMAT}
+        (folder / "checkpoints" / name / MANIFEST).write_text(json.dumps(sizes))
     files.write_settings(folder, config, plain_settings(config))
     return folder
 
@@ -238,6 +243,14 @@ def test_eval_takes_the_newest_checkpoint_and_the_runs_settings(in_folder: Path)
     assert (config.num_steps, config.evaluation.num_prompts) == (7, 8)  # pyright: ignore[reportAttributeAccessIssue]
     older = run_dir / "checkpoints" / "step_000009"  # a checkpoint folder knows its run
     assert cli.locate(older) == (older, run_dir.resolve())
+
+
+def test_eval_passes_over_a_damaged_checkpoint_and_says_so(in_folder: Path, capsys):
+    run_dir = make_run(in_folder / "run")
+    (run_dir / "checkpoints" / "step_000010" / "config.json").write_text('{"damaged": 1}')
+    checkpoint, _ = cli.locate(run_dir)
+    assert checkpoint.name == "step_000009"
+    assert "Passed over: step_000010: config.json is damaged" in capsys.readouterr().out
 
 
 def test_eval_evaluates_even_where_the_run_did_not(in_folder: Path):

@@ -71,11 +71,8 @@ class Dispatcher:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """The engines drop what is under way."""
-        with self._changed:
-            self._is_closed = True
-            self._queue.clear()
-            self._changed.notify_all()
+        """The engines drop what is under way, and whoever waits for samples hears of it."""
+        self._fail(WorkerError("The engines were closed."))
 
     def _serve(self, handle: Handle) -> None:
         under_way: dict[str, Ticket] = {}
@@ -127,8 +124,10 @@ class Dispatcher:
             self._changed.notify_all()
 
     def _fail(self, failure: BaseException) -> None:
+        """The first failure is the cause; what follows from it does not cover it up."""
         with self._changed:
             self._is_closed = True
+            self._queue.clear()
             for ticket in self._tickets:
-                ticket.failure = failure
+                ticket.failure = ticket.failure or failure
             self._changed.notify_all()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,16 +17,14 @@ from rlkit.controller.dispatch import Dispatcher, Ticket
 from rlkit.core.reduce import Denominators
 from rlkit.data.collate import split_ranks
 from rlkit.data.models.loading import resolve
-from rlkit.errors import ConfigError
+from rlkit.errors import ConfigError, ResourceError
 from rlkit.metrics import merge
 from rlkit.settings import TransformersEngine, VllmEngine
 from rlkit.types import Completion, Rollout, SampleRequest, SamplingSpec, StepStats, TrainBatch
-from rlkit.workers.handle import Handle, Pending, Rank
+from rlkit.workers.handle import Handle, Pending, Rank, wait
 from rlkit.workers.rollout.engine import EngineSpec
 from rlkit.workers.scorer import ScorerSpec, Scores
 from rlkit.workers.weight_sync import Manifest
-
-MIN_PAUSE_S, MAX_PAUSE_S = 0.0005, 0.02  # between looks at several calls under way
 
 ENGINE_CLASSES = {
     "vllm": "rlkit.workers.rollout.vllm_engine:VllmRolloutEngine",
@@ -48,6 +46,7 @@ class Engines:
         count = config.rollout.num_engines
         self._deadline_s = config.rollout.deadline_s
         self._receiving: list[Pending] = []  # parts of the next version on their way
+        self._sync_deadline_s = START_DEADLINE_S  # of the first sync, which waits for the engines to start
         self._handles = [
             cluster.worker(
                 ("engine", purpose, spec, index, count),
@@ -89,8 +88,9 @@ class Engines:
 
     def commit(self, manifest: Manifest) -> None:
         receiving, self._receiving = self._receiving, []
-        wait(receiving, self._deadline_s)
-        wait([handle.call("commit", manifest) for handle in self._handles], START_DEADLINE_S)
+        wait(receiving, self._sync_deadline_s)
+        wait([handle.call("commit", manifest) for handle in self._handles], self._sync_deadline_s)
+        self._sync_deadline_s = self._deadline_s
 
     def score_each(self, sequences: Sequence[tuple[int, ...]]) -> list[list[np.ndarray]]:
         return wait([handle.call("score", sequences) for handle in self._handles], self._deadline_s)
@@ -159,6 +159,15 @@ class Learners:
 
     def set_reference_head(self, head: np.ndarray) -> None:
         self._all("set_reference_head", head)
+
+    def check_shared(self, file: Path) -> None:
+        """Raises ResourceError where a rank does not find a file of the run folder, in which every rank saves its part."""
+        found = self._all("sees", str(file.resolve()))
+        if blind := [handle.name for handle, sees in zip(self._handles, found, strict=True) if not sees]:
+            raise ResourceError(
+                f"run_dir={file.parent}: {' and '.join(blind)} cannot see it from where it runs, and could save no checkpoint. "
+                "Put the run folder on a file system that all nodes share, such as run_dir=/shared/runs/first."
+            )
 
     def save(self, folder: str) -> None:
         """Weights, and every rank's own state, into an existing folder."""
@@ -238,21 +247,3 @@ def engine_spec(config: RunConfig) -> EngineSpec:
     if isinstance(rollout, TransformersEngine):
         return EngineSpec(kind="transformers", max_num_seqs=rollout.max_num_seqs, **common)
     raise ConfigError(f"rollout={type(rollout).__name__}: no engine is known for these settings. Choose vllm or transformers.")
-
-
-def wait(pending: Sequence[Pending], deadline_s: float) -> list:
-    """All results, in order; the first failure among them as soon as it happens.
-
-    A rank that died leaves the others waiting for it in a collective: whoever waits for them in turn would not hear of it.
-    """
-    started, pause = time.monotonic(), MIN_PAUSE_S
-    waiting = list(pending)
-    while len(waiting) > 1 and (left := deadline_s - (time.monotonic() - started)) > 0:
-        done = [one for one in waiting if one.is_done()]
-        for one in done:
-            one.result(left)
-        waiting = [one for one in waiting if one not in done]
-        if not done:
-            time.sleep(pause)
-            pause = min(2 * pause, MAX_PAUSE_S)
-    return [one.result(max(deadline_s - (time.monotonic() - started), MIN_PAUSE_S)) for one in pending]

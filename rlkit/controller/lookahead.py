@@ -32,7 +32,7 @@ class Lookahead:
         self._submit, self._collect = submit, collect
         self._num_steps, self._max_staleness = num_steps, max_staleness
         self._batches: dict[int, Future[Sampled]] = {}
-        self._waiting: queue.SimpleQueue[tuple[Future[Sampled], Submitted]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[Future[Sampled], Submitted] | None] = queue.SimpleQueue()
         for step, sampled in (ready or {}).items():
             self._batches[step] = Future()
             self._batches[step].set_result(sampled)
@@ -57,10 +57,14 @@ class Lookahead:
         """Sampled and scored, not yet taken."""
         return {step: batch.result() for step, batch in self._batches.items() if batch.done() and batch.exception() is None}
 
+    def close(self) -> None:
+        """Nothing more is collected."""
+        self._waiting.put(None)
+
     def _serve(self) -> None:
         """One batch after the other, so that the reward function meets them in order."""
-        while True:
-            batch, submitted = self._waiting.get()
+        while (item := self._waiting.get()) is not None:
+            batch, submitted = item
             try:
                 batch.set_result(self._collect(submitted))
             except Exception as error:  # raised again where the batch is taken

@@ -78,6 +78,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         preemption = stack.enter_context(Preemption())
         engines, learner = Engines(config, cluster), Learners(config, cluster)
         stack.callback(engines.close)
+        learner.check_shared(run_dir / "config.yaml")
         if found is not None:
             learner.restore(str(found.folder.resolve()))
         sampler = Sampler(engines=engines, rewards=rewards, tokenizer=tokenizer, seed=config.seed)
@@ -87,6 +88,14 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             drawn = order.take((step - 1) * config.prompts_per_step, config.prompts_per_step)
             return sampler.submit(f"step-{step}", [prompts.train[index] for index in drawn], config.group_size, sampling)
 
+        ahead = Lookahead(
+            submit,
+            sampler.collect,
+            num_steps=config.num_steps,
+            max_staleness=config.max_staleness,
+            ready=read_ahead(found.folder) if found else {},
+        )
+        stack.callback(ahead.close)
         run = Run(
             config=config,
             run_dir=run_dir,
@@ -98,13 +107,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             learner=learner,
             reference=start_reference(config, cluster, learner),
             sampler=sampler,
-            ahead=Lookahead(
-                submit,
-                sampler.collect,
-                num_steps=config.num_steps,
-                max_staleness=config.max_staleness,
-                ready=read_ahead(found.folder) if found else {},
-            ),
+            ahead=ahead,
             preemption=preemption,
             progress=progress,
         )

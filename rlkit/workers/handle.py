@@ -5,8 +5,12 @@ Light on purpose: the controller imports this and not the learner, whose own imp
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+MIN_PAUSE_S, MAX_PAUSE_S = 0.0005, 0.02  # between looks at several calls under way
 
 
 class Pending(Protocol):
@@ -43,3 +47,21 @@ class Rank:
     @property
     def is_first(self) -> bool:
         return self.index == 0
+
+
+def wait(pending: Sequence[Pending], deadline_s: float) -> list:
+    """All results, in order; the first failure among them as soon as it happens.
+
+    A rank that died leaves the others waiting for it in a collective: whoever waits for them in turn would not hear of it.
+    """
+    started, pause = time.monotonic(), MIN_PAUSE_S
+    waiting = list(pending)
+    while len(waiting) > 1 and (left := deadline_s - (time.monotonic() - started)) > 0:
+        done = [one for one in waiting if one.is_done()]
+        for one in done:
+            one.result(left)
+        waiting = [one for one in waiting if one not in done]
+        if not done:
+            time.sleep(pause)
+            pause = min(2 * pause, MAX_PAUSE_S)
+    return [one.result(max(deadline_s - (time.monotonic() - started), MIN_PAUSE_S)) for one in pending]

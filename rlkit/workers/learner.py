@@ -290,6 +290,10 @@ class Learner:
 
     # --- checkpoints ----------------------------------------------------------------------------------------------------
 
+    def sees(self, path: str) -> bool:
+        """Whether this file is there for this process, which may run on another node than the controller that wrote it."""
+        return Path(path).is_file()
+
     def save(self, folder: str) -> None:
         """Write the policy in Hugging Face format, tokenizer included, and under `state/` what `restore` needs of this rank.
 

@@ -33,8 +33,11 @@ REWARD = "def letter_a(prompts, completions, **columns):\n    return [c.count('a
 
 
 def make_model(item: dict, folder: Path) -> str:
-    """The item's model. EOS is a token that is never sampled, or, with `stops`, every one of so many ids ends a response: near
-    the start the distribution is almost uniform over 512 tokens, so 13 of them make lengths exponential with a mean of 40."""
+    """The item's model. EOS is practically never sampled, or, with `stops`, every one of so many ids ends a response: near
+    the start the distribution is almost uniform over 512 tokens, so 13 of them make lengths exponential with a mean of 40.
+
+    Never: every embedding has 1 as its first component, so that hidden states have, and EOS's has -1, which leaves it a
+    probability of about 1e-7. (An id beyond the vocabulary is refused by vLLM.)"""
     if item["model"] != "nano":
         from rlkit.data.models.loading import resolve
 
@@ -45,8 +48,8 @@ def make_model(item: dict, folder: Path) -> str:
 
     torch.manual_seed(0)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = [*alphabet, *(f"<{i}>" for i in range(512 - len(alphabet)))]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate([*names, "<eos>"])}, unk_token="<0>"))
+    names = [*alphabet, *(f"<{i}>" for i in range(511 - len(alphabet))), "<eos>"]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<0>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Split("", "isolated")]
     )
@@ -68,7 +71,10 @@ def make_model(item: dict, folder: Path) -> str:
             bos_token_id=None,
         )
     )
-    stops = list(range(300, 300 + item["stops"])) or [512]
+    embedding = model.get_input_embeddings().weight.data
+    embedding[:, 0] = 1.0
+    embedding[names.index("<eos>"), 0] = -1.0
+    stops = list(range(300, 300 + item["stops"])) or [names.index("<eos>")]
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=fast.pad_token_id)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)

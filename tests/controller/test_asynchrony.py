@@ -90,11 +90,15 @@ def sleeping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setitem(fleet.ENGINE_CLASSES, "transformers", f"{__name__}:SleepingEngine")
     monkeypatch.setattr("rlkit.controller.tracking.tracker.write_plots", lambda history, folder: None)
     yield
-    # No thread of a finished run goes on feeding engines.
     deadline = time.monotonic() + 5
-    while any(thread.name.startswith("feeds ") for thread in threading.enumerate()) and time.monotonic() < deadline:
+    while threads_of_runs() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("feeds ")]
+    assert not threads_of_runs()
+
+
+def threads_of_runs() -> list[str]:
+    """Nothing goes on feeding engines or waiting for samples when a run has ended."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("feeds ", "collects "))]
 
 
 SETTINGS = [
@@ -192,17 +196,79 @@ def test_a_stopped_run_keeps_what_it_had_sampled_and_loses_no_sample(monkeypatch
     assert again == kept  # learnt from as it was sampled, not sampled again
 
 
+class Scripted:
+    """An engine whose `advance` waits for its turn, and then raises or goes on."""
+
+    def __init__(self, name: str, failure: Exception | None = None):
+        self.name, self.failure = name, failure
+        self.entered, self.may_go_on = threading.Event(), threading.Event()
+        self.calls: list[str] = []
+
+    def call(self, method, *args, **kwargs):
+        self.calls.append(method)
+        return self
+
+    def is_done(self):
+        return self.may_go_on.is_set()
+
+    def result(self, deadline_s):
+        self.entered.set()
+        assert self.may_go_on.wait(deadline_s)
+        if self.failure is not None:
+            raise self.failure
+        return []
+
+
+def request(name: str) -> SampleRequest:
+    return SampleRequest(sample_id=name, prompt_ids=(1,), seed=0)
+
+
+SAMPLING = SamplingSpec(max_tokens=4, stop_token_ids=(2,))
+
+
 def test_what_an_engine_raises_reaches_whoever_waits():
-    class Broken:
-        name = "rollout engine 0"
-
-        def call(self, method, *args):
-            raise WorkerError("rollout engine 0 died during advance: killed.")
-
-    dispatcher = Dispatcher([Broken()], max_in_flight=4, deadline_s=5.0)
-    sampling = SamplingSpec(max_tokens=4, stop_token_ids=(2,))
-    ticket = dispatcher.submit([SampleRequest(sample_id="a", prompt_ids=(1,), seed=0)], sampling)
+    broken = Scripted("rollout engine 0", WorkerError("rollout engine 0 died during advance: killed."))
+    broken.may_go_on.set()
+    dispatcher = Dispatcher([broken], max_in_flight=4, deadline_s=5.0)
+    ticket = dispatcher.submit([request("a")], SAMPLING)
     with pytest.raises(WorkerError, match="died during advance"):
         ticket.result()
     with pytest.raises(WorkerError, match="closed"):
-        dispatcher.submit([], sampling)
+        dispatcher.submit([], SAMPLING)
+
+
+def test_a_pause_does_not_wait_for_an_engine_that_failed_and_the_failure_stays_the_first():
+    """Two engines inside a call: one fails, the other is still at work, and the loop wants to send weights."""
+    broken = Scripted("rollout engine 0", WorkerError("rollout engine 0 died during advance: killed."))
+    other = Scripted("rollout engine 1")
+    dispatcher = Dispatcher([broken, other], max_in_flight=1, deadline_s=5.0)
+    ticket = dispatcher.submit([request("a"), request("b")], SAMPLING)
+    assert broken.entered.wait(5)
+    assert other.entered.wait(5)
+    paused = threading.Event()
+
+    def pause():
+        with dispatcher.paused():
+            paused.set()
+
+    threading.Thread(target=pause, daemon=True).start()
+    broken.may_go_on.set()
+    with pytest.raises(WorkerError, match="engine 0 died"):
+        ticket.result()
+    assert not paused.wait(0.2)  # engine 1 samples
+    other.may_go_on.set()
+    assert paused.wait(5)
+    dispatcher.close()
+    with pytest.raises(WorkerError, match="engine 0 died"):
+        ticket.result()
+
+
+def test_a_closed_dispatcher_leaves_nobody_waiting():
+    busy = Scripted("rollout engine 0")
+    dispatcher = Dispatcher([busy], max_in_flight=4, deadline_s=5.0)
+    ticket = dispatcher.submit([request("a")], SAMPLING)
+    assert busy.entered.wait(5)
+    dispatcher.close()
+    with pytest.raises(WorkerError, match="closed"):
+        ticket.result()
+    busy.may_go_on.set()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 
 from rlkit.compose import compose
 from rlkit.controller.fleet import Engines, Learners
+from rlkit.errors import WorkerError
 from rlkit.types import SampleRequest, SamplingSpec
 from rlkit.workers.weight_sync import TOLERANCES, sync_weights
 
@@ -54,8 +59,11 @@ def test_two_ranks_step_as_one(ray_cluster, random_model, make_batch, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_engines_hold_the_same_weights_and_answer_in_order(ray_cluster, random_model):
-    config = compose([f"model.path={random_model(tied=True)}", "rollout.num_engines=2", "max_response_tokens=8"])
+def test_two_engines_hold_the_same_weights_answer_in_order_and_do_not_outlive_a_sync_that_one_of_them_hangs_in(
+    ray_cluster, random_model
+):
+    settings = ["rollout.num_engines=2", "max_response_tokens=8", "rollout.deadline_s=20"]
+    config = compose([f"model.path={random_model(tied=True)}", *settings])
     engines, learner = Engines(config, ray_cluster), Learners(config, ray_cluster)
     probes = [(5, 6, 7, 8), (30, 31, 32)]
     report = sync_weights(learner, engines, version=3, probes=probes, tolerance=TOLERANCES["float32"])
@@ -64,3 +72,16 @@ def test_two_engines_hold_the_same_weights_and_answer_in_order(ray_cluster, rand
     completions = engines.generate(requests, SamplingSpec(max_tokens=8, stop_token_ids=(2,))).result()
     assert [completion.sample_id for completion in completions] == [str(i) for i in range(7)]
     assert all((completion.policy_version == 3).all() for completion in completions)
+
+    class StopsHalfway(Learners):
+        """Its last part is sent when an engine has just stopped answering."""
+
+        def export_part(self, index, version):
+            if index == self.num_parts() - 1:
+                os.kill(int(ray_cluster.places()["rollout engine 1"].rpartition(":")[2]), signal.SIGSTOP)
+            return super().export_part(index, version)
+
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"rollout engine 1 did not finish receive within 20 s and was killed\."):
+        sync_weights(StopsHalfway(config, ray_cluster), engines, version=4, probes=probes, tolerance=TOLERANCES["float32"])
+    assert time.monotonic() - began < 40

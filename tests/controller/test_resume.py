@@ -295,6 +295,13 @@ def test_a_disk_that_refuses_leaves_the_last_checkpoint_and_stops_the_run_the_se
     resume("run")
 
 
+def test_a_run_folder_that_a_rank_cannot_see_is_refused_before_the_first_step(monkeypatch):
+    monkeypatch.setattr(Learner, "sees", lambda learner, path: False)
+    with pytest.raises(ResourceError, match=r"^run_dir=run: learner rank 0 cannot see it .* that all nodes share"):
+        start("run")
+    assert not Path("run/rollouts").exists() or not list(Path("run/rollouts").iterdir())
+
+
 def test_a_worker_that_dies_is_named_with_the_way_to_go_on(monkeypatch):
     def die(*args, **kwargs):
         raise WorkerError("learner rank 0 died during update: killed.")

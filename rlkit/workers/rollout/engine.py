@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class EngineSpec:
     max_num_seqs: int
     kv_cache_mib: int = 0
     enforce_eager: bool = True
+    shares_device: bool = False  # with a learner, by turns: it must be able to sleep
 
 
 class Engine(Protocol):
@@ -66,10 +67,12 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give the accelerator's memory back until `wake`; a no-op where there is none."""
+        """Give the accelerator's memory back, weights to host memory, caches to nowhere; a no-op where there is none."""
         ...
 
-    def wake(self) -> None: ...
+    def wake(self, what: Literal["weights", "kv_cache"]) -> None:
+        """Take the memory again: for the weights, which may be updated from then on, or for the cache, to generate."""
+        ...
 
 
 def checkpoint_names(model_path: str) -> frozenset[str]:

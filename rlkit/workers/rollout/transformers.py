@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -136,5 +136,5 @@ class TransformersRolloutEngine:
     def sleep(self) -> None:
         """Nothing to give back on the CPU."""
 
-    def wake(self) -> None:
+    def wake(self, what: Literal["weights", "kv_cache"]) -> None:
         """See `sleep`."""

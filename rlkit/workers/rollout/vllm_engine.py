@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class VllmRolloutEngine:
     def __init__(self, spec: EngineSpec):
         os.environ.update(ENVIRONMENT)
         from vllm import LLM
+        from vllm.platforms import current_platform
 
         self.version = -1
         self._expected_names = checkpoint_names(spec.model_path)
@@ -47,6 +48,7 @@ class VllmRolloutEngine:
         self._outputs: dict[str, RequestOutput] = {}  # finished, not yet asked for
         self._under_way: set[str] = set()  # samples that `advance` took
         self._loads = 0
+        self._can_sleep = spec.shares_device and current_platform.is_cuda_alike()  # the CPU build has nothing to give back
         self._llm = LLM(
             model=spec.model_path,
             dtype=spec.dtype,  # pyright: ignore[reportArgumentType]
@@ -61,6 +63,7 @@ class VllmRolloutEngine:
             kv_cache_memory_bytes=spec.kv_cache_mib << 20,
             block_size=32,  # the default of 128 would never share a prompt shorter than that
             enforce_eager=spec.enforce_eager,
+            enable_sleep_mode=self._can_sleep,
             generation_config="vllm",  # the model's own file must not change how training samples
             logprobs_mode="processed_logprobs",  # after temperature: what the learner computes too
             seed=0,
@@ -187,7 +190,9 @@ class VllmRolloutEngine:
         return captured
 
     def sleep(self) -> None:
-        """The CPU build has nothing to give back."""
+        if self._can_sleep:
+            self._llm.sleep(level=1)
 
-    def wake(self) -> None:
-        """See `sleep`."""
+    def wake(self, what: Literal["weights", "kv_cache"]) -> None:
+        if self._can_sleep:
+            self._llm.wake_up(tags=[what])
