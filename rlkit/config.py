@@ -51,6 +51,8 @@ from rlkit.settings import (
     NoEvaluation,
     Optimizer,
     ParquetData,
+    Placement,
+    RaySettings,
     ReasoningGymData,
     Reference,
     Reward,
@@ -119,6 +121,11 @@ class RunConfig:
     def optimizer_steps_per_step(self) -> int:
         """Updates of the policy per batch of rollouts; above 1 the later ones are off-policy."""
         return self.optimizer_steps_per_batch * self.epochs_per_batch
+
+    @property
+    def placement(self) -> Placement:
+        """Of engines and learner."""
+        return self.cluster.placement if isinstance(self.cluster, RaySettings) else Placement.separate
 
     @property
     def strategy(self) -> Strategy:
@@ -419,6 +426,18 @@ def _worker_problems(config: RunConfig) -> Iterator[str]:
             f"learner.tokens_per_microbatch={learner.tokens_per_microbatch}: one response with its prompt can have {room} tokens "
             f"(max_prompt_tokens + max_response_tokens). Write {room} or more."
         )
+    if config.placement is Placement.colocated:
+        if config.max_staleness > 0:
+            yield (
+                f"cluster.placement=colocated: engines and learner take turns on the same devices, and max_staleness="
+                f"{config.max_staleness} lets them work at the same time. Write max_staleness=0 or cluster.placement=separate."
+            )
+        if learner.num_ranks > config.rollout.num_devices:
+            yield (
+                f"learner.num_ranks={learner.num_ranks}: with cluster.placement=colocated ranks sit on the engines' devices, "
+                f"which are {config.rollout.num_devices}. Write rollout.num_engines={learner.num_ranks} or "
+                "cluster.placement=separate."
+            )
     if isinstance(config.cluster, InProcess):
         why = "cluster=inprocess runs every worker in this process"
         if isinstance(config.rollout, VllmEngine):

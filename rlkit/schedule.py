@@ -69,7 +69,7 @@ def _workers(config: RunConfig) -> str:
     ]
     if "ref_logprobs" in config.needs:
         workers.append("1 reference")
-    return f"{', '.join(workers)}; cluster={choice_of('cluster', config.cluster)}"
+    return f"{', '.join(workers)}; cluster={choice_of('cluster', config.cluster)}, placement={config.placement.name}"
 
 
 def _memory(config: RunConfig, num_parameters: int) -> str:

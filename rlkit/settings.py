@@ -44,6 +44,13 @@ class LayoutKind(Enum):
     shared = "shared"
 
 
+class Placement(Enum):
+    """Who shares devices with whom."""
+
+    separate = "separate"  # engines, learner ranks and scorers have devices of their own
+    colocated = "colocated"  # engines and learner use the same ones by turns
+
+
 class Schedule(Enum):
     """Learning rate after warm-up."""
 
@@ -175,6 +182,16 @@ class RolloutEngine:
     top_k: int = 0  # 0: off
     min_p: float = 0.0
     deadline_s: float = 600.0  # for one batch of generation, and for one weight sync
+
+    @property
+    def devices_per_engine(self) -> int:
+        """More than one where an engine is tensor-parallel."""
+        return 1
+
+    @property
+    def num_devices(self) -> int:
+        """Of all engines."""
+        return self.num_engines * self.devices_per_engine
 
     def __post_init__(self):
         # The engine renormalises over the tokens it kept, so every importance ratio would be off by the mass it cut.
@@ -341,7 +358,14 @@ class ClusterSettings:
 
 
 @dataclass(kw_only=True, slots=True)
-class LocalRay(ClusterSettings):
+class RaySettings(ClusterSettings):
+    """Base of the clusters that Ray makes."""
+
+    placement: Placement = Placement.separate  # colocated: engines sleep while the learner learns, on the same devices
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalRay(RaySettings):
     """Starts Ray on this machine, dashboard off, and stops it at the end."""
 
     num_cpus: int | None = None  # null: all cores this process may use
@@ -356,7 +380,7 @@ class LocalRay(ClusterSettings):
 
 
 @dataclass(kw_only=True, slots=True)
-class ExistingRay(ClusterSettings):
+class ExistingRay(RaySettings):
     """Joins a running Ray cluster."""
 
     address: str = "auto"  # host:port of its head node; auto: the one that `ray start` made on this machine

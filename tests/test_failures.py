@@ -230,3 +230,38 @@ def test_sigterm_stops_within_thirty_seconds_and_two_runs_made_of_parts_are_equa
 def scalars(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith(("time/", "rate/"))} for row in rows]
+
+
+FULL_DISK = """
+set -e
+mount -t tmpfs -o size=16m tmpfs disk
+cd disk
+code=0; "$RLKIT" train $SETTINGS >../out.txt 2>../err.txt || code=$?
+echo "full: $code"; ls run/checkpoints; grep -c 'Training goes on' run/log.txt
+mount -o remount,size=64m .
+"$RLKIT" train resume=run >>../out.txt 2>>../err.txt
+echo "resumed: $?"
+"""
+
+
+def test_a_full_disk_is_met_once_stops_the_run_the_second_time_and_costs_no_checkpoint(tmp_path):
+    """A file system of its own with room for one checkpoint of this model, in a mount namespace of the test's own."""
+    (tmp_path / "disk").mkdir()
+    settings = ["cluster=inprocess", "rollout=transformers", "run_dir=run", "num_steps=4", "evaluation=none", "checkpoint_every=1"]
+    settings += ["prompts_per_step=2", "group_size=2", "max_response_tokens=12", "keep_checkpoints=1"]
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", FULL_DISK],
+        cwd=tmp_path,
+        env=os.environ | {"RLKIT": RLKIT, "SETTINGS": " ".join(settings)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    said = (tmp_path / "err.txt").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + said[-3000:]
+    assert done.stdout.splitlines() == ["full: 3", "step_000001", "1", "resumed: 0"]
+    (error,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: checkpoint of step 3: cannot be written (")
+    assert "No space left on device" in error
+    assert error.endswith("MiB are free under run).")

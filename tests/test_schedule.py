@@ -22,7 +22,7 @@ def test_the_schedule_counts_prompts_samples_tokens_updates_and_workers():
     assert "2 optimiser steps per batch (2 mini-batches of 4 prompts, 1 epoch)" in text
     assert "10 steps, 320 samples, 20 optimiser steps; checkpoints at the end" in text
     assert "256 held-out prompts x 16 samples, before and after, and every 5 steps" in text
-    assert "1 engine (vllm), 1 learner rank, 2 reward processes, 1 reference; cluster=local" in text
+    assert "1 engine (vllm), 1 learner rank, 2 reward processes, 1 reference; cluster=local, placement=separate" in text
     # float32: 4 bytes a parameter and 512 MiB of cache; 16 bytes and 256 MiB of logits; 4 bytes and 256 MiB
     assert "about 516 MiB per engine, 271 MiB and activations per learner rank, 260 MiB for the reference (1.0 M" in text
     assert "estimator: k3" in text  # the settings follow as YAML

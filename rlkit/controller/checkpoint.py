@@ -64,15 +64,13 @@ def save_checkpoint(
             shutil.rmtree(final)
         temporary.rename(final)
         _flush(final.parent)
-    except OSError as error:
+    except (OSError, ResourceError) as error:  # the controller's own writing, or a rank's
         shutil.rmtree(temporary, ignore_errors=True)
+        cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
         free = shutil.disk_usage(run_dir).free >> 20
         raise ResourceError(
-            f"checkpoint of step {step}: cannot be written ({error.strerror or error}; {free} MiB are free under {run_dir})."
+            f"checkpoint of step {step}: cannot be written ({cause}; {free} MiB are free under {run_dir})."
         ) from error
-    except ResourceError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return final
 
 

@@ -8,24 +8,26 @@ import os
 import socket
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlkit.controller.local import InProcessCluster
+from rlkit.controller.placement import Seat
 from rlkit.errors import ResourceError, RlkitError, WorkerError
 from rlkit.settings import ClusterSettings, ExistingRay, InProcess, LocalRay
 from rlkit.workers.handle import Handle
 
 START_DEADLINE_S = 600.0  # a worker's first call also waits for its imports and its model
+PLACEMENT_DEADLINE_S = 10.0  # until Ray has found room; it may just be taking back what a worker held that was stopped
 
 
 class Cluster(Protocol):
     """Where workers live. It outlives a run: the next run with equal needs finds its engines still there."""
 
-    def worker(self, key: Hashable, name: str, target: str, *args: Any, share: tuple[int, int] = (0, 1), **kwargs: Any) -> Handle:
+    def worker(self, key: Hashable, name: str, target: str, *args: Any, seat: Seat, **kwargs: Any) -> Handle:
         """The worker known by `key`, started as `target` ("module:Class") with these arguments if there is none yet.
 
-        `share` (i, n): it is number i of n workers that run at the same time, and gets the i-th part of the cores. Kinds of
-        workers take turns on the same cores: that is right while a step samples, scores and learns one after the other.
+        Kinds of workers take turns on the same cores: that is right while a step samples, scores and learns one after the other.
         """
         ...
 
@@ -113,8 +115,8 @@ class RayPending:
 class RayHandle:
     """Implements `Handle`."""
 
-    def __init__(self, name: str, actor: Any):
-        self.name = name
+    def __init__(self, name: str, actor: Any, seat: Seat):
+        self.name, self.seat = name, seat
         self.is_alive = True  # as far as its calls have shown
         self._actor = actor
 
@@ -161,6 +163,43 @@ def unreachable(address: str, error: Exception) -> str:
     )
 
 
+def shape(seat: Seat) -> tuple[int, int]:
+    """What a placement group must offer for a seat in it: bundles, and workers in each."""
+    return seat.group_size, seat.workers_per_bundle
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A Ray placement group: room for the workers of one or several seats, kept until it is removed."""
+
+    ray_group: Any
+    shape: tuple[int, int]
+
+    @classmethod
+    def reserve(cls, seat: Seat, name: str, *, has_devices: bool) -> Group:
+        """For a seat of the worker `name`. Raises ResourceError where the cluster has no room for it."""
+        import ray
+
+        size, workers = shape(seat)
+        bundle = {"CPU": float(workers)} | ({"GPU": 1.0} if has_devices else {})
+        group = ray.util.placement_group([bundle] * size, strategy="STRICT_PACK")
+        if not group.wait(PLACEMENT_DEADLINE_S):
+            ray.util.remove_placement_group(group)
+            free, total = ray.available_resources(), ray.cluster_resources()
+            wanted = " and ".join(f"{size * each:g} {resource}" for resource, each in bundle.items())
+            found = " and ".join(f"{free.get(r, 0):g} of {total.get(r, 0):g} {r}" for r in bundle)
+            raise ResourceError(
+                f"{name} needs {wanted} on one node, and {found} are free in the cluster. Add nodes, raise cluster.num_cpus, or "
+                "start fewer engines or ranks."
+            )
+        return cls(group, (size, workers))
+
+    def remove(self) -> None:
+        import ray
+
+        ray.util.remove_placement_group(self.ray_group)
+
+
 class RayCluster:
     """Implements `Cluster` on Ray: one it starts on this machine, or a running one."""
 
@@ -174,6 +213,7 @@ class RayCluster:
         from ray.exceptions import AuthenticationError
 
         self._workers: dict[Hashable, RayHandle] = {}
+        self._groups: dict[str, Group] = {}
         self._stores: list[Any] = []
         if isinstance(settings, LocalRay):
             cores = len(os.sched_getaffinity(0))
@@ -190,30 +230,53 @@ class RayCluster:
                 ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, AuthenticationError) as error:
                 raise ResourceError(unreachable(settings.address, error)) from error
+        self._has_devices = ray.cluster_resources().get("GPU", 0) > 0
 
-    def worker(self, key: Hashable, name: str, target: str, *args: Any, share: tuple[int, int] = (0, 1), **kwargs: Any) -> Handle:
+    def worker(self, key: Hashable, name: str, target: str, *args: Any, seat: Seat, **kwargs: Any) -> Handle:
         if key not in self._workers or not self._workers[key].is_alive:
-            self._workers[key] = self._start(name, target, args, kwargs, share)
+            self._clear(name, seat)
+            self._workers[key] = self._start(name, target, args, kwargs, seat)
         return self._workers[key]
 
-    def _start(self, name: str, target: str, args: tuple, kwargs: dict, share: tuple[int, int]) -> RayHandle:
-        import ray
+    def _clear(self, name: str, seat: Seat) -> None:
+        """Stop what an earlier run of this process left in the seat: a worker of the same part that this run cannot use."""
+        group = self._groups.get(seat.group)
+        is_other_shape = group is not None and group.shape != shape(seat)
+        for key, handle in list(self._workers.items()):
+            if handle.seat.group == seat.group and (is_other_shape or handle.name == name):
+                if handle.is_alive:
+                    handle.kill()
+                del self._workers[key]
+        if is_other_shape:
+            self._groups.pop(seat.group).remove()
 
-        free = ray.available_resources().get("CPU", 0)
-        if free < 1:
-            total = ray.cluster_resources().get("CPU", 0)
-            raise ResourceError(
-                f"{name} needs 1 CPU, and {free:g} of the cluster's {total:g} are free ({len(self._workers)} workers of this run "
-                "hold one each). Add nodes, raise cluster.num_cpus, or start fewer engines or ranks."
-            )
-        threads = str(len(core_share(share)))
+    def _start(self, name: str, target: str, args: tuple, kwargs: dict, seat: Seat) -> RayHandle:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        if seat.group not in self._groups:
+            self._groups[seat.group] = Group.reserve(seat, name, has_devices=self._has_devices)
+        threads = str(len(core_share(seat.share)))
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+        # A tensor-parallel engine's devices belong to the workers that vLLM places in its bundles, not to the engine's own actor.
+        devices = seat.device_share if self._has_devices and len(seat.bundles) == 1 else 0
         actor = (
             ray.remote(ActorShell)
-            .options(num_cpus=1, max_restarts=0, max_task_retries=0, runtime_env={"env_vars": environment})
-            .remote(target, share, args, kwargs)
+            .options(
+                num_cpus=1,
+                num_gpus=devices,
+                max_restarts=0,
+                max_task_retries=0,
+                runtime_env={"env_vars": environment},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=self._groups[seat.group].ray_group,
+                    placement_group_bundle_index=seat.bundles[0],
+                    placement_group_capture_child_tasks=True,
+                ),
+            )
+            .remote(target, seat.share, args, kwargs)
         )
-        return RayHandle(name, actor)
+        return RayHandle(name, actor, seat)
 
     def meeting_point(self) -> str:
         import ray
@@ -235,6 +298,9 @@ class RayCluster:
         for handle in self._workers.values():
             if handle.is_alive:
                 handle.kill()
+        for group in self._groups.values():  # on a cluster that stays, they would hold their place
+            group.remove()
         self._workers.clear()
+        self._groups.clear()
         self._stores.clear()
         ray.shutdown()

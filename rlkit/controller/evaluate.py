@@ -13,6 +13,7 @@ from rlkit.config import RunConfig
 from rlkit.controller.cluster import Cluster
 from rlkit.controller.fleet import Engines
 from rlkit.controller.sampling import Sampler
+from rlkit.controller.turns import SideBySide
 from rlkit.core.evaluation import bootstrap_interval, pass_at_k
 from rlkit.data.models.loading import load_tokenizer, resolve, stop_token_ids
 from rlkit.data.prompts import load_prompts
@@ -88,7 +89,10 @@ def evaluate_checkpoint(config: RunConfig, cluster: Cluster) -> Evaluation:
             config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, reward_columns=rewards.signature.columns
         )
         sampler = Sampler(
-            engines=Engines(config, cluster, purpose="evaluation"), rewards=rewards, tokenizer=tokenizer, seed=config.seed
+            engines=Engines(config, cluster, SideBySide(), purpose="evaluation"),
+            rewards=rewards,
+            tokenizer=tokenizer,
+            seed=config.seed,
         )
         return evaluate(
             sampler,

@@ -14,12 +14,14 @@ from torch import Tensor
 from rlkit.config import RunConfig
 from rlkit.controller.cluster import START_DEADLINE_S, Cluster
 from rlkit.controller.dispatch import Dispatcher, Ticket
+from rlkit.controller.placement import engine_seat, rank_seat, scorer_seat
+from rlkit.controller.turns import Turns
 from rlkit.core.reduce import Denominators
 from rlkit.data.collate import split_ranks
 from rlkit.data.models.loading import resolve
 from rlkit.errors import ConfigError, ResourceError
 from rlkit.metrics import merge
-from rlkit.settings import TransformersEngine, VllmEngine
+from rlkit.settings import Placement, TransformersEngine, VllmEngine
 from rlkit.types import Completion, Rollout, SampleRequest, SamplingSpec, StepStats, TrainBatch
 from rlkit.workers.handle import Handle, Pending, Rank, wait
 from rlkit.workers.rollout.engine import EngineSpec
@@ -39,7 +41,7 @@ class Engines:
     Above that, samples go one by one to whichever engine has room.
     """
 
-    def __init__(self, config: RunConfig, cluster: Cluster, *, purpose: str = "training"):
+    def __init__(self, config: RunConfig, cluster: Cluster, turns: Turns, *, purpose: str = "training"):
         """Engines of one purpose are shared by the runs that need equal ones; a training engine holds some run's weights, so
         one that serves a model as it is on disk must be another."""
         spec = engine_spec(config)
@@ -53,16 +55,19 @@ class Engines:
                 f"rollout engine {index}",
                 ENGINE_CLASSES[spec.kind],
                 spec,
-                share=(index, count),
+                seat=engine_seat(config, index, purpose=purpose),
             )
             for index in range(count)
         ]
+        self._turns = turns
+        turns.add_engines(self._handles)
         self._dispatcher = None
         if config.max_staleness and purpose == "training":
             self._dispatcher = Dispatcher(self._handles, max_in_flight=config.rollout.max_num_seqs, deadline_s=self._deadline_s)
 
     def generate(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Generation | Ticket:
         """Start these samples."""
+        self._turns.sample()
         if self._dispatcher is not None:
             return self._dispatcher.submit(requests, sampling)
         bounds = [round(i * len(requests) / len(self._handles)) for i in range(len(self._handles) + 1)]
@@ -93,9 +98,11 @@ class Engines:
         self._sync_deadline_s = self._deadline_s
 
     def score_each(self, sequences: Sequence[tuple[int, ...]]) -> list[list[np.ndarray]]:
+        self._turns.sample()
         return wait([handle.call("score", sequences) for handle in self._handles], self._deadline_s)
 
     def layer_outputs(self, engine: int, sequence: tuple[int, ...]) -> dict[str, np.ndarray]:
+        self._turns.sample()
         return self._handles[engine].call("layer_outputs", sequence).result(self._deadline_s)
 
 
@@ -114,7 +121,7 @@ class Generation:
 class Learners:
     """The learner's ranks as one learner."""
 
-    def __init__(self, config: RunConfig, cluster: Cluster):
+    def __init__(self, config: RunConfig, cluster: Cluster, turns: Turns):
         count = config.learner.num_ranks
         self._max_response_tokens = config.max_response_tokens
         self._deadline_s = config.learner.deadline_s
@@ -125,15 +132,18 @@ class Learners:
                 f"learner rank {index}",
                 "rlkit.workers.learner:Learner",
                 Rank(index=index, count=count, address=address),
-                share=(index, count),
+                seat=rank_seat(config, index),
             )
             for index in range(count)
         ]
         self._exporting: list[Pending] = []  # the other ranks' share of a gather under way
         wait([handle.call("begin", config) for handle in self._handles], START_DEADLINE_S)
+        self._turns = turns
+        turns.add_learner(self._handles)
 
     def update(self, batch: TrainBatch, *, divergence_coef: float | None, entropy_coef: float | None) -> StepStats:
         """One optimiser step; its denominators are counted here, before the rows are dealt out."""
+        self._turns.learn()
         denominators = Denominators.count(batch.response_mask, max_response_tokens=self._max_response_tokens)
         stats: list[StepStats] = wait(
             [
@@ -148,6 +158,7 @@ class Learners:
 
     def logprobs(self, batch: TrainBatch) -> Tensor:
         """[B, T] under the current weights."""
+        self._turns.learn()
         out = torch.zeros(batch.response_mask.shape)
         position = {sample_id: row for row, sample_id in enumerate(batch.sample_ids)}
         parts = split_ranks(batch, len(self._handles))
@@ -183,6 +194,7 @@ class Learners:
         return self._handles[0].call("num_parts").result(self._deadline_s)
 
     def export_part(self, index: int, version: int) -> Pending:
+        self._turns.sync()
         first, *others = [handle.call("export_part", index, version) for handle in self._handles]
         # Kept until the manifest waits for them: Ray may drop a call whose result nobody holds, and the gather would then
         # wait for that rank for ever.
@@ -201,6 +213,7 @@ class Learners:
         return self._all("layer_outputs", sequence)[0]
 
     def _all(self, method: str, *args) -> list:
+        self._turns.learn()
         return wait([handle.call(method, *args) for handle in self._handles], self._deadline_s)
 
 
@@ -218,7 +231,9 @@ class ReferenceScorer:
         self._temperature = config.rollout.temperature
         self._with_hidden = "ref_hidden" in config.needs
         self._deadline_s = config.learner.deadline_s
-        self._handle: Handle = cluster.worker(("scorer", spec), "reference scorer", "rlkit.workers.scorer:Scorer", spec)
+        self._handle: Handle = cluster.worker(
+            ("scorer", spec), "reference scorer", "rlkit.workers.scorer:Scorer", spec, seat=scorer_seat(config)
+        )
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         pending = self._handle.call("score", rollouts, temperature=self._temperature, with_hidden=self._with_hidden)
@@ -242,6 +257,7 @@ def engine_spec(config: RunConfig) -> EngineSpec:
             max_num_seqs=rollout.max_num_seqs,
             kv_cache_mib=rollout.kv_cache_mib,
             enforce_eager=rollout.enforce_eager,
+            shares_device=config.placement is Placement.colocated,
             **common,
         )
     if isinstance(rollout, TransformersEngine):

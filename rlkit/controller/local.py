@@ -9,6 +9,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from rlkit.controller.placement import Seat
 from rlkit.workers.handle import Handle
 
 
@@ -43,7 +44,7 @@ class InProcessCluster:
     def __init__(self):
         self._workers: dict[Hashable, LocalHandle] = {}
 
-    def worker(self, key: Hashable, name: str, target: str, *args: Any, share: tuple[int, int] = (0, 1), **kwargs: Any) -> Handle:
+    def worker(self, key: Hashable, name: str, target: str, *args: Any, seat: Seat, **kwargs: Any) -> Handle:
         if key not in self._workers:
             module, cls = target.split(":")
             self._workers[key] = LocalHandle(name, getattr(importlib.import_module(module), cls)(*args, **kwargs))

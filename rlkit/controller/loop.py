@@ -24,6 +24,7 @@ from rlkit.controller.preemption import Preemption, StopRequested
 from rlkit.controller.progress import Coefficients, Progress
 from rlkit.controller.sampling import Sampled, Sampler, Submitted
 from rlkit.controller.tracking import Tracker
+from rlkit.controller.turns import ByTurns, SideBySide
 from rlkit.data.collate import collate, group_index, minibatches, response_mask, token_rewards
 from rlkit.data.models.loading import context_length, load_tokenizer, resolve, stop_token_ids
 from rlkit.data.order import PromptOrder
@@ -31,7 +32,7 @@ from rlkit.data.prompts import PromptSet, load_prompts
 from rlkit.data.rewards.pool import RewardPool
 from rlkit.errors import ConfigError, Preempted, ResourceError, WorkerError
 from rlkit.metrics import Metric, merge, values
-from rlkit.settings import HeldOut
+from rlkit.settings import HeldOut, Placement
 from rlkit.types import Rollout, SamplingSpec, TrainBatch
 from rlkit.workers.weight_sync import TOLERANCES, SyncReport, sync_weights
 
@@ -76,7 +77,8 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         if resume:
             tracker.message(f"Going on after step {progress.step}." if found else "Nothing was saved yet: starting with step 1.")
         preemption = stack.enter_context(Preemption())
-        engines, learner = Engines(config, cluster), Learners(config, cluster)
+        turns = ByTurns() if config.placement is Placement.colocated else SideBySide()
+        engines, learner = Engines(config, cluster, turns), Learners(config, cluster, turns)
         stack.callback(engines.close)
         learner.check_shared(run_dir / "config.yaml")
         if found is not None:

@@ -13,6 +13,14 @@ from rlkit.workers.handle import Handle, wait
 class Turns(Protocol):
     """Who may use the devices. Engines and learner ask before they are used; nobody else has to think of it."""
 
+    def add_engines(self, engines: Sequence[Handle]) -> None:
+        """Once, before the learner loads its model."""
+        ...
+
+    def add_learner(self, learner: Sequence[Handle]) -> None:
+        """Once, when the learner's model is loaded."""
+        ...
+
     def sample(self) -> None:
         """Before engines are asked for tokens."""
         ...
@@ -22,12 +30,16 @@ class Turns(Protocol):
         ...
 
     def sync(self) -> None:
-        """Before weights go from the learner to the engines: both hold their weights now, and nothing else."""
+        """Before weights go from the learner to the engines: both have theirs on the device now, and no cache is there."""
         ...
 
 
 class SideBySide:
     """Implements `Turns` where each has devices of its own: always everybody's."""
+
+    def add_engines(self, engines: Sequence[Handle]) -> None: ...
+
+    def add_learner(self, learner: Sequence[Handle]) -> None: ...
 
     def sample(self) -> None: ...
 
@@ -40,20 +52,28 @@ class Turn(Enum):
     """What the devices hold."""
 
     learn = "learn"  # the learner: weights, gradients, optimiser state. Engines sleep, their weights in host memory
-    sync = "sync"  # both weights
+    sync = "sync"  # the learner, and the engines' weights
     sample = "sample"  # engines: weights and caches. The learner waits in host memory
 
 
 class ByTurns:
-    """Implements `Turns` on shared devices, from the moment when every engine has been put to sleep and the learner is loaded.
+    """Implements `Turns` on shared devices.
 
     Never are a learner's optimiser state and an engine's cache there together, and an engine gets weights only while it has room
     for them: updating one that sleeps would crash it. A reference scorer, if there is one, keeps its weights on its device.
     """
 
-    def __init__(self, engines: Sequence[Handle], learner: Sequence[Handle]):
-        self._engines, self._learner = engines, learner
+    def __init__(self):
+        self._engines: Sequence[Handle] = ()
+        self._learner: Sequence[Handle] = ()
         self._turn = Turn.learn
+
+    def add_engines(self, engines: Sequence[Handle]) -> None:
+        self._engines = engines
+        self._all(engines, "sleep")
+
+    def add_learner(self, learner: Sequence[Handle]) -> None:
+        self._learner = learner
 
     def sample(self) -> None:
         if self._turn is not Turn.sample:
@@ -65,17 +85,18 @@ class ByTurns:
         self._turn = Turn.sample
 
     def learn(self) -> None:
-        if self._turn is not Turn.learn:
-            self._all(self._engines, "sleep")
+        if self._turn is Turn.sync:
+            self.sample()  # vLLM puts to sleep what is wholly awake
         if self._turn is Turn.sample:
+            self._all(self._engines, "sleep")
             self._all(self._learner, "onload")
         self._turn = Turn.learn
 
     def sync(self) -> None:
+        if self._turn is Turn.sample:
+            self.learn()
         if self._turn is Turn.learn:
             self._all(self._engines, "wake", "weights")
-        if self._turn is Turn.sample:
-            self._all(self._learner, "onload")
         self._turn = Turn.sync
 
     def _all(self, handles: Sequence[Handle], method: str, *args: str) -> None:

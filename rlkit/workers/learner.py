@@ -242,6 +242,24 @@ class Learner:
     def _chunk_tokens(self, buffers: int) -> int:
         return chunk_size(self.policy.vocab_size * buffers, memory_bytes=self.config.learner.head_memory_mib << 20)
 
+    # --- memory, where engines use the same device by turns --------------------------------------------------------------
+
+    def offload(self) -> None:
+        """Weights and optimiser state to host memory; a no-op where they are there anyway."""
+        self._move(torch.device("cpu"))
+
+    def onload(self) -> None:
+        """Undo `offload`."""
+        self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        if self.device.type == "cpu":
+            return
+        move(self.policy, self.optimizer, device)
+        if self.reference_head is not None:
+            self.reference_head = self.reference_head.to(device)
+        torch.cuda.empty_cache()  # else torch keeps the memory, and the engine cannot have it
+
     # --- weights out --------------------------------------------------------------------------------------------------
 
     def num_parts(self) -> int:
@@ -316,7 +334,7 @@ class Learner:
             shards = {name: local_tensor(tensor).contiguous() for name, tensor in self._state_tensors().items()}
             save_file(shards, shard_file(folder, self.rank.index, self.rank.count))
         except (OSError, SafetensorError) as error:
-            raise ResourceError(f"learner rank {self.rank.index}: {folder} cannot be written ({error}).") from error
+            raise ResourceError(f"learner rank {self.rank.index}: {error}") from error
 
     def restore(self, folder: str) -> None:
         """Go on from what `save` wrote, with any number of ranks: weights, optimiser state and counters as they were, bit for bit.
@@ -352,6 +370,13 @@ class Learner:
             tensors[f"parameter.{name}"] = parameter.detach()
             tensors |= {f"{kind}.{name}": value for kind, value in self.optimizer.state.get(parameter, {}).items()}
         return tensors
+
+
+def move(policy: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Weights and the optimiser's state; its step counts stay where it keeps them."""
+    policy.to(device)
+    for state in optimizer.state.values():
+        state |= {name: value.to(device) for name, value in state.items() if name != "step"}
 
 
 def shard_file(folder: str, index: int, count: int) -> Path:

@@ -30,6 +30,7 @@ def main() -> None:
     from rlkit.compose import compose
     from rlkit.controller.cluster import open_cluster
     from rlkit.controller.fleet import Engines, engine_spec
+    from rlkit.controller.turns import SideBySide
     from rlkit.data.expressions import rows
     from rlkit.data.models.loading import load_tokenizer, resolve
     from rlkit.types import SampleRequest, SamplingSpec
@@ -41,7 +42,7 @@ def main() -> None:
     bare = VllmRolloutEngine(engine_spec(config))._llm  # the engine itself, made with rlkit's settings
     results = {}
     with open_cluster(config.cluster) as cluster:
-        engines = Engines(config, cluster)
+        engines = Engines(config, cluster, SideBySide())
         for name, (samples, tokens) in SHAPES.items():
             seconds: dict[str, list[float]] = {"bare": [], "rlkit": []}
             for number in range(arguments.rounds + 1):

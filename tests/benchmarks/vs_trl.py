@@ -71,7 +71,7 @@ def make_model(item: dict, folder: Path) -> str:
             bos_token_id=None,
         )
     )
-    embedding = model.get_input_embeddings().weight.data
+    embedding = model.model.embed_tokens.weight.data
     embedding[:, 0] = 1.0
     embedding[names.index("<eos>"), 0] = -1.0
     stops = list(range(300, 300 + item["stops"])) or [names.index("<eos>")]

@@ -11,6 +11,7 @@ import torch
 
 from rlkit.compose import compose
 from rlkit.controller.fleet import Engines, Learners
+from rlkit.controller.turns import SideBySide
 from rlkit.errors import WorkerError
 from rlkit.types import SampleRequest, SamplingSpec
 from rlkit.workers.weight_sync import TOLERANCES, sync_weights
@@ -35,7 +36,7 @@ def test_two_ranks_step_as_one(ray_cluster, random_model, make_batch, tmp_path):
     before = None
     for ranks in (1, 2):
         config = compose([f"model.path={random_model(tied=True)}", *SETTINGS, f"learner.num_ranks={ranks}"])
-        learner = Learners(config, ray_cluster)
+        learner = Learners(config, ray_cluster, SideBySide())
         before = exported(learner, ray_cluster)
         for _ in range(3):
             stats = learner.update(batch, divergence_coef=None, entropy_coef=None)
@@ -46,14 +47,15 @@ def test_two_ranks_step_as_one(ray_cluster, random_model, make_batch, tmp_path):
         assert (one[name] - two[name]).norm() <= 3e-5 * (one[name] - before[name]).norm() + 1e-7, name
     for name, metric in after[1][1].metrics.items():
         assert after[2][1].metrics[name].value == pytest.approx(metric.value, rel=1e-4, abs=1e-6), name
+    learner.update(batch, divergence_coef=None, entropy_coef=None)
+    next_two = exported(learner, ray_cluster)
     # What two ranks saved, one goes on with: the same weights to the last bit, and the same next step.
-    single = Learners(compose([f"model.path={random_model(tied=True)}", *SETTINGS]), ray_cluster)
+    single = Learners(compose([f"model.path={random_model(tied=True)}", *SETTINGS]), ray_cluster, SideBySide())
     single.restore(str(tmp_path))
     restored = exported(single, ray_cluster)
     assert all(restored[name].equal(two[name]) for name in two)
-    for each in (single, learner):
-        each.update(batch, divergence_coef=None, entropy_coef=None)
-    next_one, next_two = exported(single, ray_cluster), exported(learner, ray_cluster)
+    single.update(batch, divergence_coef=None, entropy_coef=None)
+    next_one = exported(single, ray_cluster)
     for name in two:
         assert (next_one[name] - next_two[name]).norm() <= 3e-5 * (next_two[name] - two[name]).norm() + 1e-7, name
 
@@ -64,7 +66,7 @@ def test_two_engines_hold_the_same_weights_answer_in_order_and_do_not_outlive_a_
 ):
     settings = ["rollout.num_engines=2", "max_response_tokens=8", "rollout.deadline_s=20"]
     config = compose([f"model.path={random_model(tied=True)}", *settings])
-    engines, learner = Engines(config, ray_cluster), Learners(config, ray_cluster)
+    engines, learner = Engines(config, ray_cluster, SideBySide()), Learners(config, ray_cluster, SideBySide())
     probes = [(5, 6, 7, 8), (30, 31, 32)]
     report = sync_weights(learner, engines, version=3, probes=probes, tolerance=TOLERANCES["float32"])
     assert report.max_abs <= 1e-4
@@ -83,5 +85,7 @@ def test_two_engines_hold_the_same_weights_answer_in_order_and_do_not_outlive_a_
 
     began = time.monotonic()
     with pytest.raises(WorkerError, match=r"rollout engine 1 did not finish receive within 20 s and was killed\."):
-        sync_weights(StopsHalfway(config, ray_cluster), engines, version=4, probes=probes, tolerance=TOLERANCES["float32"])
+        sync_weights(
+            StopsHalfway(config, ray_cluster, SideBySide()), engines, version=4, probes=probes, tolerance=TOLERANCES["float32"]
+        )
     assert time.monotonic() - began < 40

@@ -13,7 +13,7 @@ from rlkit.core.reduce import Denominators
 from rlkit.data.models.loading import load_model
 from rlkit.errors import NumericalError
 from rlkit.settings import AdamW, Schedule
-from rlkit.workers.learner import full_tensor, learning_rate
+from rlkit.workers.learner import full_tensor, learning_rate, move
 
 RATE = 0.5
 SGD = ["optimizer=sgd", f"optimizer.learning_rate={RATE}", "optimizer.max_grad_norm=1e9", "max_response_tokens=16"]
@@ -208,3 +208,13 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule():
     settings = AdamW(learning_rate=1.0, schedule=Schedule.cosine)
     assert [learning_rate(settings, update, 5) for update in range(5)] == pytest.approx([1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
     assert learning_rate(AdamW(learning_rate=3.0), 99, 5) == 3.0
+
+
+def test_what_takes_turns_on_a_device_moves_weights_and_optimiser_state_whole(begin, make_batch):
+    """To the meta device, the only other one that every machine has."""
+    learner = begin("optimizer=adamw")
+    step(learner, make_batch())
+    move(learner.policy, learner.optimizer, torch.device("meta"))
+    states = [value for state in learner.optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert states
+    assert {tensor.device.type for tensor in [*learner.policy.parameters(), *learner.policy.buffers(), *states]} == {"meta"}

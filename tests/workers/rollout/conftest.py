@@ -8,6 +8,7 @@ import pytest
 
 from rlkit.controller.fleet import ENGINE_CLASSES
 from rlkit.controller.local import InProcessCluster
+from rlkit.controller.placement import Seat
 from rlkit.workers.handle import Handle
 from rlkit.workers.rollout.engine import EngineSpec
 
@@ -28,6 +29,8 @@ def engine_of(random_model, request) -> Callable[..., Handle]:
             kv_cache_mib=16,
         )
         cluster = request.getfixturevalue("ray_cluster") if kind == "vllm" else here
-        return cluster.worker(("test engine", spec), f"{kind} engine", ENGINE_CLASSES[kind], spec)
+        return cluster.worker(
+            ("test engine", spec), f"{kind} engine", ENGINE_CLASSES[kind], spec, seat=Seat(group=f"{kind}, tied={tied}")
+        )
 
     return get
