@@ -45,7 +45,11 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCost:
-    """What decides between layouts: work per token, and per pair of tokens in a row's attention."""
+    """What decides between layouts: work per token, and per pair of tokens in a row's attention.
+
+    A formula and not a stop-watch, so that two runs of one seed choose alike. tests/benchmarks/layouts.py measures what it
+    chooses on a device: on two CPU cores never more than 2 % slower than the fastest. Where it is, write learner.layout.
+    """
 
     per_token: float  # body parameters
     per_pair: float  # layers x attention width

@@ -27,7 +27,6 @@ KINDS = [kind for kind in LayoutKind if kind is not LayoutKind.auto]
 MODELS = {  # layers, hidden, heads
     "tiny": (4, 128, 4),
     "nano": (4, 256, 4),
-    "small": (8, 512, 8),
 }
 CASES = {  # groups, responses in each, prompt tokens, mean and largest response
     "uniform, short prompt": (4, 8, 13, 64, 64),
