@@ -32,6 +32,7 @@ from rlkit.errors import ConfigError
 from rlkit.resources import reward_fns_dir
 from rlkit.settings import (
     AdamW,
+    AsyncVllmEngine,
     ClusterSettings,
     ComparisonData,
     Data,
@@ -170,7 +171,7 @@ CHOICES: dict[str, dict[str, type]] = {
     },
     "reward": {"function": Reward},
     "environment": {"single_turn": SingleTurn},
-    "rollout": {"vllm": VllmEngine, "transformers": TransformersEngine},
+    "rollout": {"vllm": VllmEngine, "vllm_async": AsyncVllmEngine, "transformers": TransformersEngine},
     "learner": {"fsdp": Learner},
     "optimizer": {"adamw": AdamW, "sgd": Sgd},
     "advantage": {"grpo": GroupNormalized, "dr_grpo": GroupCentered, "rloo": LeaveOneOut},
@@ -426,6 +427,12 @@ def _worker_problems(config: RunConfig) -> Iterator[str]:
             f"learner.tokens_per_microbatch={learner.tokens_per_microbatch}: one response with its prompt can have {room} tokens "
             f"(max_prompt_tokens + max_response_tokens). Write {room} or more."
         )
+    rollout = config.rollout
+    if choice_of("rollout", rollout) == "vllm" and rollout.devices_per_engine > 1:
+        yield (
+            f"rollout.tensor_parallel_size={rollout.devices_per_engine}: with rollout=vllm the model is in the actor's own "
+            "process. Write rollout=vllm_async, whose workers are processes of their own, or rollout.tensor_parallel_size=1."
+        )
     if config.placement is Placement.colocated:
         if config.max_staleness > 0:
             yield (
@@ -441,7 +448,8 @@ def _worker_problems(config: RunConfig) -> Iterator[str]:
     if isinstance(config.cluster, InProcess):
         why = "cluster=inprocess runs every worker in this process"
         if isinstance(config.rollout, VllmEngine):
-            yield f"rollout=vllm: {why}, and vLLM needs one of its own. Write rollout=transformers or cluster=local."
+            name = choice_of("rollout", config.rollout)
+            yield f"rollout={name}: {why}, and vLLM needs one of its own. Write rollout=transformers or cluster=local."
         if learner.num_ranks > 1:
             yield f"learner.num_ranks={learner.num_ranks}: {why}, which is one rank. Write learner.num_ranks=1 or cluster=local."
         if config.rollout.num_engines > 1:

@@ -214,10 +214,24 @@ class VllmEngine(RolloutEngine):
 
     kv_cache_mib: int = 512
     enforce_eager: bool = True  # False compiles the model: minutes to start, faster on long runs
+    tensor_parallel_size: int = 1  # devices, or on a CPU processes, that share each engine's model
+
+    @property
+    def devices_per_engine(self) -> int:
+        return self.tensor_parallel_size
 
     def __post_init__(self):
         RolloutEngine.__post_init__(self)
-        require((self.kv_cache_mib >= 1, f"rollout.kv_cache_mib={self.kv_cache_mib}: no room for one token. 512 is usual."))
+        cache, size = self.kv_cache_mib, self.tensor_parallel_size
+        require(
+            (cache >= 1, f"rollout.kv_cache_mib={cache}: no room for one token. 512 is usual."),
+            (size >= 1, f"rollout.tensor_parallel_size={size}: nobody holds the model. Write 1 or more."),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class AsyncVllmEngine(VllmEngine):
+    """vLLM in a process of its own beside the Ray actor: it samples on between calls, and may be tensor-parallel."""
 
 
 @dataclass(kw_only=True, slots=True)

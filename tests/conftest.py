@@ -22,11 +22,12 @@ def random_model(tmp_path_factory) -> Callable[..., str]:
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folders: dict[bool, str] = {}
+    folders: dict[tuple[bool, int], str] = {}
 
-    def build(*, tied: bool) -> str:
-        if tied not in folders:
-            folder = tmp_path_factory.mktemp(f"model-{'tied' if tied else 'untied'}")
+    def build(*, tied: bool, num_key_value_heads: int = 1) -> str:
+        kind = (tied, num_key_value_heads)
+        if kind not in folders:
+            folder = tmp_path_factory.mktemp(f"model-{'tied' if tied else 'untied'}-{num_key_value_heads}")
             torch.manual_seed(0)
             config = LlamaConfig(
                 vocab_size=96,
@@ -34,7 +35,7 @@ def random_model(tmp_path_factory) -> Callable[..., str]:
                 intermediate_size=128,
                 num_hidden_layers=2,
                 num_attention_heads=2,
-                num_key_value_heads=1,
+                num_key_value_heads=num_key_value_heads,
                 max_position_embeddings=128,
                 tie_word_embeddings=tied,
                 initializer_range=0.2,  # far from uniform, so that every weight shows in the log-probs
@@ -48,8 +49,8 @@ def random_model(tmp_path_factory) -> Callable[..., str]:
             PreTrainedTokenizerFast(
                 tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
             ).save_pretrained(folder)
-            folders[tied] = str(folder)
-        return folders[tied]
+            folders[kind] = str(folder)
+        return folders[kind]
 
     return build
 

@@ -147,6 +147,29 @@ def test_a_killed_worker_ends_the_run_with_its_name_and_the_way_to_go_on(started
     assert_resumable(started.folder / "run")
 
 
+def test_the_death_of_vllms_own_process_ends_the_run_like_a_workers(tmp_path):
+    """With rollout=vllm_async the model is in a child of the actor, and samples are under way between the actor's calls."""
+    run = Run(tmp_path, *SETTINGS, "rollout=vllm_async", "max_staleness=1")
+    try:
+        run.wait_for_steps(2)
+        actor = run.pid_of("rollout engine 0")
+        children = {int(pid) for file in Path(f"/proc/{actor}/task").glob("*/children") for pid in file.read_text().split()}
+        (engine,) = (pid for pid in children if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(engine, signal.SIGKILL)
+        began = time.monotonic()
+        code, said = run.end()
+        assert code == 4
+        assert time.monotonic() - began < 30
+        first = next(line for line in said.splitlines() if line.startswith("error: "))
+        assert first.startswith("error: rollout engine 0 ")
+        assert "EngineCore" in first or "EngineDeadError" in first
+        assert first.endswith("Go on with: rlkit train resume=run")
+        run.assert_nothing_is_left()
+        assert_resumable(tmp_path / "run")
+    finally:
+        run.destroy()
+
+
 KILLED, HANGS = "died during ", "did not finish "
 FAILURES = [  # one in each run of a sweep; the next run finds what still lives, and starts what does not
     ("learner rank 0", signal.SIGKILL, KILLED, 0),

@@ -107,6 +107,8 @@ class RayPending:
             raise WorkerError(f"{name} died during {self._method}: {cause_of_death(error)}") from error
         except RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, WorkerError):
+                raise type(cause)(f"{name}: {cause}") from None
             if isinstance(cause, RlkitError):
                 raise cause from None
             raise WorkerError(f"{name} failed in {self._method}: {type(cause).__name__}: {first_line(cause)}") from error

@@ -21,7 +21,7 @@ from rlkit.data.collate import split_ranks
 from rlkit.data.models.loading import resolve
 from rlkit.errors import ConfigError, ResourceError
 from rlkit.metrics import merge
-from rlkit.settings import Placement, TransformersEngine, VllmEngine
+from rlkit.settings import AsyncVllmEngine, Placement, TransformersEngine, VllmEngine
 from rlkit.types import Completion, Rollout, SampleRequest, SamplingSpec, StepStats, TrainBatch
 from rlkit.workers.handle import Handle, Pending, Rank, wait
 from rlkit.workers.rollout.engine import EngineSpec
@@ -30,6 +30,7 @@ from rlkit.workers.weight_sync import Manifest
 
 ENGINE_CLASSES = {
     "vllm": "rlkit.workers.rollout.vllm_engine:VllmRolloutEngine",
+    "vllm_async": "rlkit.workers.rollout.vllm_async:AsyncVllmRolloutEngine",
     "transformers": "rlkit.workers.rollout.transformers:TransformersRolloutEngine",
 }
 
@@ -253,11 +254,13 @@ def engine_spec(config: RunConfig) -> EngineSpec:
     }
     if isinstance(rollout, VllmEngine):
         return EngineSpec(
-            kind="vllm",
+            kind="vllm_async" if isinstance(rollout, AsyncVllmEngine) else "vllm",
             max_num_seqs=rollout.max_num_seqs,
             kv_cache_mib=rollout.kv_cache_mib,
             enforce_eager=rollout.enforce_eager,
             shares_device=config.placement is Placement.colocated,
+            device_share=engine_seat(config, 0).device_share,
+            tensor_parallel_size=rollout.tensor_parallel_size,
             **common,
         )
     if isinstance(rollout, TransformersEngine):

@@ -16,7 +16,7 @@ def pad_rows(rows: Sequence[np.ndarray | Sequence[int]], dtype: torch.dtype, *, 
     width = max((len(row) for row in rows), default=0) if width is None else width
     out = torch.zeros(len(rows), width, dtype=dtype)
     for index, row in enumerate(rows):
-        out[index, : len(row)] = torch.as_tensor(np.asarray(row), dtype=dtype)
+        out[index, : len(row)] = torch.tensor(np.array(row), dtype=dtype)  # a copy: what Ray hands over is read-only
     return out
 
 

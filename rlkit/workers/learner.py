@@ -33,7 +33,7 @@ from rlkit.metrics import Last, Max, Mean, Metric, Min, Sum, merge
 from rlkit.settings import AdamW, Dtype, Optimizer, Schedule
 from rlkit.types import StepStats, TrainBatch
 from rlkit.workers.handle import Rank
-from rlkit.workers.weight_sync import Manifest, WeightPart, digest, layer_groups, pack
+from rlkit.workers.weight_sync import Manifest, WeightPart, digests, layer_groups, pack
 
 
 class Learner:
@@ -284,7 +284,7 @@ class Learner:
         if index == 0:
             self._export_digests = {}
         packed = {name: pack(tensor) for name, tensor in tensors.items()}
-        self._export_digests |= {name: digest(tensor) for name, tensor in packed.items()}
+        self._export_digests |= digests(packed)
         return WeightPart(version=version, tensors=packed)
 
     def manifest(self, version: int) -> Manifest:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,6 +68,10 @@ def digest(packed: PackedTensor) -> str:
     return f"{packed.dtype}{list(packed.shape)}:{xxhash.xxh3_128_hexdigest(packed.data.data)}"
 
 
+def digests(tensors: Mapping[str, PackedTensor]) -> dict[str, str]:
+    return {name: digest(packed) for name, packed in tensors.items()}
+
+
 def layer_groups(names: Sequence[str]) -> list[list[str]]:
     """Checkpoint names grouped by decoder layer, in the model's order; what belongs to no layer comes first.
 
@@ -80,8 +84,8 @@ def layer_groups(names: Sequence[str]) -> list[list[str]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def check_complete(manifest: Manifest, received: dict[str, PackedTensor], expected_names: frozenset[str]) -> None:
-    """Check (a). Raises SyncError naming the first offender."""
+def check_complete(manifest: Manifest, received: Mapping[str, str], expected_names: frozenset[str]) -> None:
+    """Check (a). `received`: name -> digest of what arrived. Raises SyncError naming the first offender."""
     for title, names in (("the engine", frozenset(received)), ("the manifest", frozenset(manifest.digests))):
         if missing := sorted(expected_names - names):
             raise SyncError(
@@ -90,8 +94,8 @@ def check_complete(manifest: Manifest, received: dict[str, PackedTensor], expect
             )
         if extra := sorted(names - expected_names):
             raise SyncError(f"Weight sync {manifest.version}: {title} got {extra[0]}, which the model's checkpoint does not have.")
-    for name, packed in received.items():
-        if digest(packed) != manifest.digests[name]:
+    for name, found in received.items():
+        if found != manifest.digests[name]:
             raise SyncError(f"Weight sync {manifest.version}: the bytes of {name} are not those that the learner sent.")
 
 

@@ -15,6 +15,7 @@ from rlkit.workers.weight_sync import (
     check_behaviour,
     check_complete,
     digest,
+    digests,
     first_difference,
     layer_groups,
     pack,
@@ -50,15 +51,15 @@ def test_layers_travel_together_in_order():
 
 
 def test_what_is_missing_or_extra_or_torn_is_named():
-    received = {name: pack(torch.ones(2)) for name in ("a", "b")}
-    manifest = Manifest(version=7, digests={name: digest(packed) for name, packed in received.items()})
+    received = digests({name: pack(torch.ones(2)) for name in ("a", "b")})
+    manifest = Manifest(version=7, digests=received)
     check_complete(manifest, received, frozenset("ab"))
     with pytest.raises(SyncError, match=r"sync 7: the engine got 2 tensors and lacks 1 of the 3 .*first c"):
         check_complete(manifest, received, frozenset("abc"))
     with pytest.raises(SyncError, match="the engine got b, which"):
         check_complete(manifest, received, frozenset("a"))
     with pytest.raises(SyncError, match="bytes of b are not those"):
-        check_complete(manifest, received | {"b": pack(torch.zeros(2))}, frozenset("ab"))
+        check_complete(manifest, received | {"b": digest(pack(torch.zeros(2)))}, frozenset("ab"))
 
 
 class Scores:

@@ -19,7 +19,7 @@ from rlkit.workers.weight_sync import Manifest, WeightPart
 class EngineSpec:
     """What an engine is built from. Equal specs can share one engine, whatever weights it holds at the moment."""
 
-    kind: str  # "vllm" or "transformers"
+    kind: str  # of ENGINE_CLASSES in controller/fleet.py
     model_path: str  # a folder in Hugging Face format
     dtype: str
     trust_remote_code: bool
@@ -28,6 +28,8 @@ class EngineSpec:
     kv_cache_mib: int = 0
     enforce_eager: bool = True
     shares_device: bool = False  # with a learner, by turns: it must be able to sleep
+    device_share: float = 1.0  # of each device, where there are any
+    tensor_parallel_size: int = 1
 
 
 class Engine(Protocol):

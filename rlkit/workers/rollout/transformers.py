@@ -15,7 +15,7 @@ from rlkit.data.models.loading import load_model
 from rlkit.data.models.policy import Policy
 from rlkit.types import Completion, FinishReason, SampleRequest, SamplingSpec
 from rlkit.workers.rollout.engine import EngineSpec, checkpoint_names
-from rlkit.workers.weight_sync import Manifest, PackedTensor, WeightPart, check_complete, unpack
+from rlkit.workers.weight_sync import Manifest, PackedTensor, WeightPart, check_complete, digests, unpack
 
 
 class SeededSampling(LogitsProcessor):
@@ -121,7 +121,7 @@ class TransformersRolloutEngine:
     @torch.no_grad()
     def commit(self, manifest: Manifest) -> None:
         staged, self._staged = self._staged, {}
-        check_complete(manifest, staged, self._expected_names)
+        check_complete(manifest, digests(staged), self._expected_names)
         parameters = dict(self._model.named_parameters())
         for name, packed in staged.items():
             parameters[name].copy_(unpack(packed))

@@ -12,35 +12,25 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
-from rlkit.types import Completion, FinishReason, SampleRequest, SamplingSpec
+from rlkit.types import Completion, SampleRequest, SamplingSpec
+from rlkit.workers.rollout import vllm_requests as ask
 from rlkit.workers.rollout.engine import EngineSpec, checkpoint_names
-from rlkit.workers.weight_sync import Manifest, PackedTensor, WeightPart, check_complete, unpack
+from rlkit.workers.weight_sync import Manifest, PackedTensor, WeightPart, check_complete, digests, unpack
 
 if TYPE_CHECKING:
-    from vllm.inputs import TokensPrompt
-    from vllm.outputs import CompletionOutput, RequestOutput
-
-# Read by vLLM when it is imported, so they are set before.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_CONFIGURE_LOGGING": os.environ.get("VLLM_CONFIGURE_LOGGING", "1"),
-}
-
+    from vllm.outputs import RequestOutput
 
 STEPS_PER_ADVANCE = 16  # a weight sync waits at most for so many
-UNSYNCED = "default"  # vLLM's own name for the weights that it loaded from disk
-MIN_BATCHED_TOKENS = 8192  # of one engine step: with room for all of a step's short prompts, they are prefilled together
 
 
 class VllmRolloutEngine:
     """Implements `Engine`."""
 
     def __init__(self, spec: EngineSpec):
-        os.environ.update(ENVIRONMENT)
+        os.environ.update(ask.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+        if spec.tensor_parallel_size > 1:
+            os.environ.update(ask.worker_environment(spec))
         from vllm import LLM
-        from vllm.platforms import current_platform
 
         self.version = -1
         self._expected_names = checkpoint_names(spec.model_path)
@@ -48,27 +38,8 @@ class VllmRolloutEngine:
         self._outputs: dict[str, RequestOutput] = {}  # finished, not yet asked for
         self._under_way: set[str] = set()  # samples that `advance` took
         self._loads = 0
-        self._can_sleep = spec.shares_device and current_platform.is_cuda_alike()  # the CPU build has nothing to give back
-        self._llm = LLM(
-            model=spec.model_path,
-            dtype=spec.dtype,  # pyright: ignore[reportArgumentType]
-            trust_remote_code=spec.trust_remote_code,
-            skip_tokenizer_init=True,
-            max_model_len=spec.max_model_tokens,
-            max_num_seqs=spec.max_num_seqs,
-            # A seeded request whose prompt is split over two scheduler steps crashes the CPU sampler of vLLM 0.32, so
-            # prompts are never split, and a step has room for any of them.
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(MIN_BATCHED_TOKENS, spec.max_model_tokens),
-            kv_cache_memory_bytes=spec.kv_cache_mib << 20,
-            block_size=32,  # the default of 128 would never share a prompt shorter than that
-            enforce_eager=spec.enforce_eager,
-            enable_sleep_mode=self._can_sleep,
-            generation_config="vllm",  # the model's own file must not change how training samples
-            logprobs_mode="processed_logprobs",  # after temperature: what the learner computes too
-            seed=0,
-            worker_extension_cls="rlkit.workers.rollout.vllm_extension.SyncExtension",
-        )
+        self._can_sleep = ask.can_sleep(spec)
+        self._llm = LLM(**ask.engine_arguments(spec), worker_extension_cls="rlkit.workers.rollout.vllm_extension.SyncExtension")
 
     def generate(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> list[Completion]:
         self._take(requests, sampling)
@@ -92,23 +63,9 @@ class VllmRolloutEngine:
         self._outputs.clear()
 
     def _take(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> None:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         for request in requests:
-            params = SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
-                max_tokens=sampling.max_tokens,
-                stop_token_ids=list(sampling.stop_token_ids),
-                seed=request.seed,
-                logprobs=0,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            self._llm.llm_engine.add_request(request.sample_id, self._prompt(request.prompt_ids), params)
+            prompt = ask.tokens_prompt(request.prompt_ids, self._salt)
+            self._llm.llm_engine.add_request(request.sample_id, prompt, ask.sampling_params(request, sampling))
 
     def _step(self) -> None:
         """One token for every request under way."""
@@ -122,53 +79,25 @@ class VllmRolloutEngine:
             self._step()
         return [self._outputs.pop(request_id) for request_id in request_ids]
 
-    def _prompt(self, token_ids: tuple[int, ...]) -> TokensPrompt:
-        # The salt keeps blocks that older weights computed from being shared, even if a reset of the cache is refused.
-        return {"prompt_token_ids": list(token_ids), "cache_salt": f"{self._loads}:{self.version}"}
+    @property
+    def _salt(self) -> str:
+        return f"{self._loads}:{self.version}"
 
-    def _completion(self, sample_id: str, request_output: RequestOutput) -> Completion:
-        (output,) = request_output.outputs
-        ids = np.asarray(output.token_ids, dtype=np.int64)
-        assert output.logprobs is not None  # asked for with logprobs=0
-        logprobs = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True) if step]
-        return Completion(
-            sample_id=sample_id,
-            response_ids=ids,
-            rollout_logprobs=np.asarray(logprobs, dtype=np.float32),
-            policy_version=self._versions(output),
-            finish_reason=FinishReason(output.finish_reason),
-        )
-
-    def _versions(self, output: CompletionOutput) -> np.ndarray:
-        """[T] int64: a response that a sync overtook has tokens of several versions."""
-        versions = np.full(len(output.token_ids), self.version, dtype=np.int64)
-        for span in output.weight_versions or ():
-            if span.version != UNSYNCED:
-                versions[span.start : span.end] = int(span.version)
-        return versions
+    def _completion(self, sample_id: str, output: RequestOutput) -> Completion:
+        return ask.completion(sample_id, output, self.version)
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         names = [f"score/{number}" for number in range(len(sequences))]
         for name, sequence in zip(names, sequences, strict=True):
-            self._llm.llm_engine.add_request(name, self._prompt(sequence), params)
-        return [self._scores(sequence, output) for sequence, output in zip(sequences, self._finish(names), strict=True)]
-
-    def _scores(self, sequence: tuple[int, ...], output: RequestOutput) -> np.ndarray:
-        assert output.prompt_logprobs is not None  # asked for with prompt_logprobs=0
-        found = [
-            position[token].logprob for position, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True) if position
-        ]
-        return np.asarray(found, dtype=np.float32)
+            self._llm.llm_engine.add_request(name, ask.tokens_prompt(sequence, self._salt), ask.scoring_params())
+        return [ask.scores(sequence, output) for sequence, output in zip(sequences, self._finish(names), strict=True)]
 
     def receive(self, part: WeightPart) -> None:
         self._staged.update(part.tensors)
 
     def commit(self, manifest: Manifest) -> None:
         staged, self._staged = self._staged, {}
-        check_complete(manifest, staged, self._expected_names)
+        check_complete(manifest, digests(staged), self._expected_names)
         self._llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": ((name, unpack(packed)) for name, packed in staged.items())}
         )
@@ -187,7 +116,7 @@ class VllmRolloutEngine:
             self.score([sequence])
         finally:
             captured = self._llm.collective_rpc("rlkit_stop_capture")[0]
-        return captured
+        return ask.layer_arrays(captured)
 
     def sleep(self) -> None:
         if self._can_sleep:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+
+
+def repack_tied_head(model: Any, device: torch.device) -> bool:
+    """Rebuild the packed copy of a tied output head after a reload. Returns whether there was one to rebuild.
+
+    vLLM 0.32's CPU layers keep a repacked copy of their weight. A reload repacks the layers it loads, but a tied head
+    is not in the checkpoint, so its copy stays the old one and the engine goes on sampling from a stale head.
+    tests/workers/rollout/test_weight_sync_engines.py tells when this is no longer needed.
+    """
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    head = getattr(model, "lm_head", None)
+    if not tied or head is None or device.type != "cpu":
+        return False
+    head.quant_method.process_weights_after_loading(head)
+    return True
 
 
 class SyncExtension:
     """What a weight sync needs that vLLM does not offer."""
 
     def rlkit_finish_reload(self) -> bool:
-        """Rebuild the packed copy of a tied output head. Returns whether there was one to rebuild.
-
-        vLLM 0.32's CPU layers keep a repacked copy of their weight. A reload repacks the layers it loads, but a tied head
-        is not in the checkpoint, so its copy stays the old one and the engine goes on sampling from a stale head.
-        tests/workers/rollout/test_vllm_engine.py tells when this is no longer needed.
-        """
-        model = self.model_runner.get_model()  # pyright: ignore[reportAttributeAccessIssue]  # mixed into vLLM's worker
-        tied = getattr(model.config, "tie_word_embeddings", False)
-        head = getattr(model, "lm_head", None)
-        if not tied or head is None or self.device.type != "cpu":  # pyright: ignore[reportAttributeAccessIssue]
-            return False
-        head.quant_method.process_weights_after_loading(head)
-        return True
+        """See `repack_tied_head`."""
+        # mixed into vLLM's worker
+        return repack_tied_head(self.model_runner.get_model(), self.device)  # pyright: ignore[reportAttributeAccessIssue]
 
     def rlkit_start_capture(self) -> None:
         """Record the outputs of the embedding and of each decoder layer until `rlkit_stop_capture`."""
@@ -32,10 +39,11 @@ class SyncExtension:
         for index, layer in enumerate(model.layers):
             self._hooks.append(layer.register_forward_hook(self._recorder(f"layers.{index}")))
 
-    def rlkit_stop_capture(self) -> dict[str, np.ndarray]:
+    def rlkit_stop_capture(self) -> dict[str, tuple[list[int], bytes]]:
+        """Shapes and bytes, which any engine's channel carries; `vllm_requests.layer_arrays` reads them."""
         for hook in self._hooks:
             hook.remove()
-        return self._captured
+        return {name: (list(array.shape), array.tobytes()) for name, array in self._captured.items()}
 
     def _recorder(self, name: str):
         def record(module, inputs, output) -> None:

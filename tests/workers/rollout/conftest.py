@@ -28,7 +28,7 @@ def engine_of(random_model, request) -> Callable[..., Handle]:
             max_num_seqs=64,
             kv_cache_mib=16,
         )
-        cluster = request.getfixturevalue("ray_cluster") if kind == "vllm" else here
+        cluster = request.getfixturevalue("ray_cluster") if kind != "transformers" else here
         return cluster.worker(
             ("test engine", spec), f"{kind} engine", ENGINE_CLASSES[kind], spec, seat=Seat(group=f"{kind}, tied={tied}")
         )

@@ -12,7 +12,7 @@ from rlkit.types import Completion, FinishReason, SampleRequest, SamplingSpec
 DEADLINE_S = 300.0
 PROMPTS = ((5, 6, 7), (8, 9, 10, 11, 12), (20,) * 9, (33, 34))
 
-KINDS = [pytest.param("vllm", marks=pytest.mark.slow), "transformers"]
+KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("vllm", "vllm_async")] + ["transformers"]
 
 
 def requests(count: int = 4) -> list[SampleRequest]:
