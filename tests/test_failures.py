@@ -161,7 +161,7 @@ def test_the_death_of_vllms_own_process_ends_the_run_like_a_workers(tmp_path):
         assert code == 4
         assert time.monotonic() - began < 30
         first = next(line for line in said.splitlines() if line.startswith("error: "))
-        assert first.startswith("error: rollout engine 0 ")
+        assert first.startswith("error: rollout engine 0")
         assert "EngineCore" in first or "EngineDeadError" in first
         assert first.endswith("Go on with: rlkit train resume=run")
         run.assert_nothing_is_left()
