@@ -1,11 +1,32 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from rlkit.core.advantages import GroupCentered, GroupNormalized, LeaveOneOut
+from rlkit.core.advantages import (
+    GAE,
+    AlphaMode,
+    Baseline,
+    DecoupledGAE,
+    GroupCentered,
+    GroupNormalized,
+    GroupPolicyGradient,
+    LeaveOneOut,
+    LengthAdaptiveGAE,
+    Reinforce,
+    ReinforcePlusPlus,
+    ReinforcePlusPlusBaseline,
+)
+from rlkit.core.reduce import Aggregation, Denominators, reduce
+from rlkit.errors import ConfigError
 
-NAN = float("nan")
-ESTIMATORS = [GroupNormalized(), GroupCentered(), LeaveOneOut()]
+NAN, INF = float("nan"), float("inf")
+VERL = GroupPolicyGradient(alpha_mode=AlphaMode.verl)
+ESTIMATORS = [GroupNormalized(), GroupCentered(), LeaveOneOut(), GroupPolicyGradient()]
+CRITIC_BASED = [GAE(lam=0.9, gamma=0.97), DecoupledGAE(lam_actor=0.8), LengthAdaptiveGAE(alpha=0.5, whiten=False)]
+ALL = [*ESTIMATORS, VERL, Reinforce(gamma=0.9), ReinforcePlusPlus(), ReinforcePlusPlusBaseline(ddof=0), *CRITIC_BASED]
 each = pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda estimator: type(estimator).__name__)
+each_of_all = pytest.mark.parametrize("estimator", ALL, ids=str)
 
 
 def advantages(estimator, rewards, group_ids, *, width=1, dtype=torch.float64):
@@ -114,3 +135,395 @@ def test_a_rows_outcome_is_the_sum_of_its_token_rewards(estimator):
     estimate = estimator(token_rewards=split, response_mask=mask, group_ids=torch.zeros(4, dtype=torch.int64))
     expected = advantages(estimator, [1, 0, 0, 1], [0] * 4)
     torch.testing.assert_close(estimate.advantages, expected[:, None].expand(4, 3))
+
+
+def test_gpg_weighs_up_for_the_responses_without_a_signal():
+    solved, mixed = [1, 0, 0, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 1, 0, 0]
+    ids = [0] * 4 + [1] * 4
+    for estimator, rewards, alpha in [
+        (GroupPolicyGradient(), solved, 1 / (0.5 + 1e-5)),  # half of the responses are in a group whose rewards differ
+        (GroupPolicyGradient(), mixed, 1 / (1 + 1e-5)),
+        (VERL, solved, 8 / 5),  # five rewards are not 0
+        (VERL, mixed, 2.0),
+        (VERL, [-r for r in mixed], 2.0),
+    ]:
+        centred = advantages(GroupCentered(), rewards, ids)
+        torch.testing.assert_close(advantages(estimator, rewards, ids), alpha * centred)
+
+
+@pytest.mark.parametrize("estimator", [GroupPolicyGradient(), VERL], ids=str)
+def test_gpg_without_any_signal_is_exactly_zero(estimator):
+    for rewards in ([0.0] * 4, [0.1] * 4):
+        assert advantages(estimator, rewards, [0, 0, 1, 1]).eq(0).all()
+
+
+def test_gpg_counts_neither_rows_without_a_token_nor_lone_rows_as_a_signal():
+    mask = torch.tensor([[True], [True], [True], [False]])
+    token_rewards = torch.tensor([[1.0], [0.0], [5.0], [NAN]], dtype=torch.float64)
+    got = GroupPolicyGradient()(token_rewards=token_rewards, response_mask=mask, group_ids=torch.tensor([0, 0, 1, 0])).advantages
+    expected = torch.tensor([[0.5], [-0.5], [0.0], [0.0]], dtype=torch.float64) / (2 / 3 + 1e-5)
+    torch.testing.assert_close(got, expected)
+
+
+def outcome_on_last_token(batch):
+    """[B, T], NaN in masked cells."""
+    token_rewards = torch.zeros_like(batch.old_logprobs)
+    for row, mask in enumerate(batch.response_mask):
+        if mask.any():
+            token_rewards[row, mask.nonzero()[-1]] = batch.rewards[row]
+    return token_rewards.masked_fill(~batch.response_mask, NAN)
+
+
+def f1_estimate(f1, estimator, **override):
+    fields = {
+        "token_rewards": outcome_on_last_token(f1),
+        "response_mask": f1.response_mask,
+        "group_ids": torch.tensor([0, 0, 1, 1]),
+        "values": rows([[0.1, 0.2, 0.4, 0.5], [0.3, 0.1], [0.2, 0.2, 0.6], [0.7]]),
+    }
+    return estimator(**(fields | override))
+
+
+def rows(lists, fill=NAN):
+    return torch.tensor([row + [fill] * (4 - len(row)) for row in lists], dtype=torch.float64)
+
+
+def close(got, expected, atol=1e-6):
+    torch.testing.assert_close(got, rows(expected, fill=0.0), rtol=0, atol=atol)
+
+
+def test_reinforce_gives_every_token_the_return_that_follows_it(f1):
+    plain = Reinforce(baseline=Baseline.none)
+    close(f1_estimate(f1, plain).advantages, [[1.0] * 4, [0.0] * 2, [1.0] * 3, [1.0]], atol=0)
+    # With a penalty of 0.1 (old_logprobs - ref_logprobs) in the rewards
+    penalised = outcome_on_last_token(f1) - 0.1 * (f1.old_logprobs - f1.ref_logprobs)
+    expected = [[0.975, 0.98, 0.97, 1.0], [-0.03, -0.01], [1.01, 0.99, 0.99], [0.96]]
+    close(f1_estimate(f1, plain, token_rewards=penalised).advantages, expected, atol=1e-12)
+    mean = (0.975 - 0.03 + 1.01 + 0.96) / 4  # of the rows' sums
+    close(
+        f1_estimate(f1, Reinforce(), token_rewards=penalised).advantages, [[x - mean for x in row] for row in expected], atol=1e-12
+    )
+
+
+def test_reinforce_discounts_by_the_policys_tokens_in_between(f1):
+    got = f1_estimate(f1, Reinforce(baseline=Baseline.none, gamma=0.5)).advantages
+    close(got, [[0.125, 0.25, 0.5, 1.0], [0.0, 0.0], [0.25, 0.5, 1.0], [1.0]], atol=0)
+
+
+def test_reinforce_plus_plus_whitens_over_tokens_not_over_rows(f1):
+    # Eight tokens of 1 and two of 0: mean 0.8, sum of squared deviations 8 * 0.04 + 2 * 0.64 = 1.6
+    close(f1_estimate(f1, ReinforcePlusPlus(ddof=0)).advantages, [[0.5] * 4, [-2.0] * 2, [0.5] * 3, [0.5]])  # sqrt(1.6 / 10) = 0.4
+    close(f1_estimate(f1, ReinforcePlusPlus()).advantages, [[0.474342] * 4, [-1.897367] * 2, [0.474342] * 3, [0.474342]])
+
+
+def test_reinforce_plus_plus_with_baseline_whitens_what_the_groups_left(f1):
+    # Deviations 0.5, -0.5, 0, 0 on 4, 2, 3, 1 tokens: mean 0.1, variance (4 * 0.16 + 2 * 0.36 + 4 * 0.01) / 10 = 0.14
+    expected = [[0.4] * 4, [-0.6] * 2, [-0.1] * 3, [-0.1]]
+    scaled = [[x / 0.14**0.5 for x in row] for row in expected]
+    close(f1_estimate(f1, ReinforcePlusPlusBaseline(ddof=0)).advantages, scaled)
+    bessel = [[x * 0.9**0.5 for x in row] for row in scaled]
+    close(f1_estimate(f1, ReinforcePlusPlusBaseline()).advantages, bessel)
+
+
+@pytest.mark.parametrize("estimator", [ReinforcePlusPlus(), ReinforcePlusPlusBaseline(), GAE(lam=0.9), DecoupledGAE()], ids=str)
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_whitened_advantages_have_mean_0_and_variance_1(ragged, estimator, ddof):
+    kept = estimate(replace(estimator, ddof=ddof), ragged).advantages[ragged.response_mask]
+    torch.testing.assert_close(kept.mean().item(), 0.0, rtol=0, atol=1e-12)
+    torch.testing.assert_close(kept.var(correction=ddof).item(), 1.0, rtol=0, atol=1e-6)
+
+
+def estimate(estimator, batch, **override):
+    """Of the ragged fixture: a reward on every token, values, three groups."""
+    fields = {
+        "token_rewards": batch.advantages,
+        "response_mask": batch.response_mask,
+        "group_ids": torch.tensor([0, 1, 0, 2, 1, 1]),
+        "values": batch.entropy,
+    }
+    return estimator(**(fields | override))
+
+
+def test_gae_worked_out_by_hand(f1):
+    # Row 2: deltas 0, 0.4, 0.4; 0.4 + 0.95 * 0.4 = 0.78; 0 + 0.95 * 0.78 = 0.741
+    got = f1_estimate(f1, GAE(lam=0.95, whiten=False))
+    close(got.advantages, [[0.808937, 0.746250, 0.575, 0.5], [-0.295, -0.1], [0.741, 0.78, 0.4], [0.3]])
+    assert got.returns is not None
+    close(got.returns, [[0.908937, 0.94625, 0.975, 1.0], [0.005, 0.0], [0.941, 0.98, 1.0], [1.0]])
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.7), (0.95, 0.0), (0.8, 1.0)])
+def test_gae_is_the_discounted_sum_of_one_step_errors_over_the_policys_tokens(ragged, gamma, lam):
+    got = estimate(GAE(gamma=gamma, lam=lam, whiten=False), ragged)
+    assert got.returns is not None
+    for row, mask in enumerate(ragged.response_mask):
+        rewards, values = ragged.advantages[row][mask].tolist(), ragged.entropy[row][mask].tolist()  # the gap is gone
+        deltas = [r + gamma * later - v for r, v, later in zip(rewards, values, [*values[1:], 0.0][: len(values)], strict=True)]
+        expected = [sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(deltas))]
+        torch.testing.assert_close(got.advantages[row][mask].tolist(), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            got.returns[row][mask].tolist(), [a + v for a, v in zip(expected, values, strict=True)], rtol=0, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gae_with_lam_1_is_exactly_the_outcome_minus_the_value(ragged, dtype):
+    token_rewards, values = outcome_on_last_token(ragged).to(dtype), ragged.entropy.to(dtype)
+    got = estimate(GAE(whiten=False), ragged, token_rewards=token_rewards, values=values)
+    outcome = ragged.rewards.to(dtype)[:, None].expand(values.shape)
+    mask = ragged.response_mask
+    assert got.returns is not None
+    assert torch.equal(got.returns, outcome.masked_fill(~mask, 0.0))
+    assert torch.equal(got.advantages, (outcome - values).masked_fill(~mask, 0.0))
+
+
+def test_a_perfect_critic_leaves_no_advantage():
+    # V = the rewards to come, which are certain
+    rewards = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    mask, ids = torch.ones(3, 5, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
+    values = rewards.flip(-1).cumsum(-1).flip(-1)
+    for lam in (0.0, 0.5, 1.0):
+        got = GAE(lam=lam, whiten=False)(token_rewards=rewards, response_mask=mask, group_ids=ids, values=values)
+        torch.testing.assert_close(got.advantages, torch.zeros_like(rewards), rtol=0, atol=1e-14)
+
+
+def test_the_critics_targets_have_their_own_lam(f1):
+    both = f1_estimate(f1, DecoupledGAE(lam_actor=0.95, whiten=False))
+    close(both.advantages, [[0.808937, 0.746250, 0.575, 0.5], [-0.295, -0.1], [0.741, 0.78, 0.4], [0.3]])
+    close(both.returns, [[1.0] * 4, [0.0] * 2, [1.0] * 3, [1.0]], atol=0)
+
+
+def test_with_equal_lams_decoupled_gae_is_gae(ragged):
+    one, other = estimate(DecoupledGAE(lam_actor=0.7, lam_critic=0.7), ragged), estimate(GAE(lam=0.7), ragged)
+    same(one, other)
+
+
+def test_the_longer_a_response_the_larger_its_lam(f1):
+    lam = LengthAdaptiveGAE(alpha=1.0).lams(f1.response_mask)[0]
+    torch.testing.assert_close(lam, torch.tensor([0.75, 0.5, 2 / 3, 0.0], dtype=torch.float64))
+    thousand = torch.ones(1, 1000, dtype=torch.bool)
+    assert LengthAdaptiveGAE().lams(thousand)[0].item() == pytest.approx(0.98)  # 1 - 1 / (0.05 * 1000)
+    assert LengthAdaptiveGAE().lams(thousand[:, :20])[0].item() == 0  # 1 / alpha tokens
+    assert LengthAdaptiveGAE().lams(~thousand)[0].item() == 0
+    got = f1_estimate(f1, LengthAdaptiveGAE(alpha=1.0, whiten=False))
+    # Row 2: 0.4 + 2/3 * 0.4 = 0.666667; 0 + 2/3 * 0.666667 = 0.444444. Rows 1 and 3: -0.2 + 0.5 * -0.1; 1 - 0.7.
+    close(got.advantages, [[0.517187, 0.55625, 0.475, 0.5], [-0.25, -0.1], [0.444444, 0.666667, 0.4], [0.3]])
+    close(got.returns, [[1.0] * 4, [0.0] * 2, [1.0] * 3, [1.0]], atol=0)
+
+
+@pytest.mark.parametrize("estimator", CRITIC_BASED, ids=str)
+def test_whitening_changes_advantages_and_never_returns(ragged, estimator):
+    white, raw = (estimate(replace(estimator, whiten=whiten), ragged) for whiten in (True, False))
+    assert white.returns is not None
+    assert raw.returns is not None
+    assert torch.equal(white.returns, raw.returns)
+    kept = raw.advantages[ragged.response_mask]
+    expected = (kept - kept.mean()) / kept.std()
+    torch.testing.assert_close(white.advantages[ragged.response_mask], expected, rtol=1e-6, atol=1e-6)
+
+
+@each_of_all
+def test_garbage_in_masked_cells_changes_nothing(ragged, estimator):
+    off = ~ragged.response_mask
+    clean = estimate(
+        estimator, ragged, token_rewards=ragged.advantages.masked_fill(off, 0.0), values=ragged.entropy.masked_fill(off, 0.0)
+    )
+    assert clean.advantages[off].eq(0).all()
+    for garbage in (NAN, INF, -INF):
+        dirty = {"token_rewards": ragged.advantages.masked_fill(off, garbage), "values": ragged.entropy.masked_fill(off, garbage)}
+        same(estimate(estimator, ragged, **dirty), clean)
+
+
+@each_of_all
+def test_nothing_carries_a_gradient(ragged, estimator):
+    got = estimate(
+        estimator, ragged, token_rewards=ragged.advantages.clone().requires_grad_(), values=ragged.entropy.clone().requires_grad_()
+    )
+    assert not got.advantages.requires_grad
+    assert got.returns is None or not got.returns.requires_grad
+
+
+def same(got, expected, **tolerance):
+    tolerance = tolerance or {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(got.advantages, expected.advantages, **tolerance)
+    assert (got.returns is None) == (expected.returns is None)
+    if got.returns is not None:
+        torch.testing.assert_close(got.returns, expected.returns, **tolerance)
+
+
+def picked(got, index):
+    """The same cells of both tensors."""
+    return type(got)(advantages=got.advantages[index], returns=None if got.returns is None else got.returns[index])
+
+
+@each_of_all
+def test_a_masked_column_between_two_tokens_changes_no_other_cell(ragged, estimator):
+    before = estimate(estimator, ragged)
+    for at in range(10):
+        columns = torch.cat([torch.arange(at), torch.tensor([9]), torch.arange(at, 9)])
+
+        def widened(x, columns=columns):
+            return torch.cat([x, torch.full_like(x[:, :1], NAN if x.is_floating_point() else False)], -1)[:, columns]
+
+        after = estimate(
+            estimator,
+            ragged,
+            token_rewards=widened(ragged.advantages),
+            values=widened(ragged.entropy),
+            response_mask=widened(ragged.response_mask),
+        )
+        # Not bit for bit: sums over a row or a batch may be split otherwise.
+        same(picked(after, (slice(None), columns != 9)), before, rtol=0, atol=1e-12)
+        assert after.advantages[:, at].eq(0).all()
+
+
+@each_of_all
+def test_the_order_of_rows_does_not_matter_nor_do_rows_without_a_token(ragged, estimator):
+    before = estimate(estimator, ragged)
+    order = torch.tensor([4, 2, 5, 0, 3, 1])
+    ids = torch.tensor([0, 1, 0, 2, 1, 1])
+    fields = {"token_rewards": ragged.advantages, "response_mask": ragged.response_mask, "values": ragged.entropy, "group_ids": ids}
+    shuffled = estimator(**{name: x[order] for name, x in fields.items()})
+    same(shuffled, picked(before, order), rtol=0, atol=1e-12)
+    has_token = ragged.response_mask.any(-1)
+    assert not has_token.all()
+    without = estimator(**{name: x[has_token] for name, x in fields.items()})
+    same(without, picked(before, has_token), rtol=0, atol=1e-12)
+
+
+@each_of_all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_with_one_token_or_none_is_finite(estimator, dtype):
+    for mask in (
+        torch.tensor([[True, False], [False, False]]),
+        torch.zeros(2, 2, dtype=torch.bool),
+        torch.zeros(2, 0, dtype=torch.bool),
+    ):
+        values = torch.ones(mask.shape, dtype=dtype)
+        got = estimator(token_rewards=3 * values, response_mask=mask, group_ids=torch.zeros(2, dtype=torch.int64), values=values)
+        assert got.advantages.dtype == dtype
+        assert got.advantages.isfinite().all()
+        assert got.advantages[~mask].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "estimator", [Reinforce(), ReinforcePlusPlus(), ReinforcePlusPlus(ddof=0), ReinforcePlusPlusBaseline()], ids=str
+)
+def test_equal_rewards_have_advantages_of_exactly_zero_with_a_batchs_statistics_too(ragged, estimator, dtype):
+    for reward in (0.1, 0.3, 1.1, -0.9, 1 / 3, 1e4 + 0.1, 0.0):
+        batch = replace(ragged, rewards=torch.full((6,), reward, dtype=torch.float64))
+        got = estimate(estimator, batch, token_rewards=outcome_on_last_token(batch).to(dtype))
+        assert got.advantages.eq(0).all(), reward
+
+
+# Two tokens over a vocabulary of three: nine responses, whose expectations are sums.
+FIRST = torch.tensor([0.4, -0.3, 0.1], dtype=torch.float64)
+SECOND = torch.tensor([[0.2, 0.9, -0.5], [0.0, -1.0, 0.6], [1.2, 0.3, -0.2]], dtype=torch.float64)
+REWARDS = torch.tensor(
+    [[0.3, 1.0], [0.3, -0.5], [0.3, 2.0], [-1.0, 0.0], [-1.0, 0.7], [-1.0, 1.1], [0.2, 0.4], [0.2, -2.0], [0.2, 0.9]]
+)
+REWARDS = REWARDS.double()  # [9, 2], of each response's two tokens; the first depends on the first token alone
+
+
+def policy():
+    """The two layers' logits, and the log-probabilities [9, 2] of the nine responses' tokens."""
+    first, second = FIRST.clone().requires_grad_(), SECOND.clone().requires_grad_()
+    logprobs = torch.stack([first.log_softmax(-1).repeat_interleave(3), second.log_softmax(-1).flatten()], -1)
+    return (first, second), logprobs
+
+
+def exact_gradient():
+    logits, logprobs = policy()
+    return torch.autograd.grad(-(logprobs.sum(-1).exp() * REWARDS.sum(-1)).sum(), logits)
+
+
+def expected_gradient(estimator, *, group_size, values=None):
+    """Of REINFORCE's loss -A * logprobs, over all groups of responses."""
+    logits, logprobs = policy()
+    mask, total = torch.ones(group_size, 2, dtype=torch.bool), torch.zeros((), dtype=torch.float64)
+    for picks in torch.cartesian_prod(*[torch.arange(9)] * group_size).reshape(-1, group_size):
+        got = estimator(
+            token_rewards=REWARDS[picks],
+            response_mask=mask,
+            group_ids=torch.zeros(group_size, dtype=torch.int64),
+            values=None if values is None else values[picks],
+        )
+        loss = reduce(
+            -got.advantages * logprobs[picks],
+            mask,
+            aggregation=Aggregation.seq_mean_token_sum,
+            denominators=Denominators.count(mask, max_response_tokens=2),
+        )
+        total = total + logprobs[picks].sum().exp().detach() * loss
+    return torch.autograd.grad(total, logits)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "group_size", "factor"),
+    [
+        (LeaveOneOut(), 2, 1.0),
+        (LeaveOneOut(), 3, 1.0),
+        (Reinforce(baseline=Baseline.none), 1, 1.0),
+        (Reinforce(baseline=Baseline.none), 2, 1.0),
+        (Reinforce(), 2, 1 / 2),  # the mean holds the row's own reward: (B - 1) / B
+        (Reinforce(), 3, 2 / 3),
+        (GroupCentered(), 3, 2 / 3),
+    ],
+    ids=str,
+)
+def test_the_expected_gradient_is_that_of_the_expected_reward_times_a_known_factor(estimator, group_size, factor):
+    for got, exact in zip(expected_gradient(estimator, group_size=group_size), exact_gradient(), strict=True):
+        torch.testing.assert_close(got, factor * exact, rtol=0, atol=1e-12)
+
+
+def true_values():
+    """[9, 2]: the expected rewards to come before the first and the second token."""
+    _, logprobs = policy()
+    logprobs = logprobs.detach()
+    before_second = (logprobs[:, 1].exp() * REWARDS[:, 1]).reshape(3, 3).sum(-1).repeat_interleave(3)
+    before_first = (logprobs.sum(-1).exp() * REWARDS.sum(-1)).sum().expand(9)
+    return torch.stack([before_first, before_second], -1)
+
+
+def test_gae_has_the_exact_expected_gradient_with_lam_1_or_with_true_values():
+    wrong = true_values() + torch.tensor([[1.7, 0.4]] * 3 + [[1.7, -0.8]] * 3 + [[1.7, 0.1]] * 3, dtype=torch.float64)
+    for lam, values, is_exact in [(1.0, wrong, True), (0.3, true_values(), True), (0.0, true_values(), True), (0.3, wrong, False)]:
+        got = expected_gradient(GAE(lam=lam, whiten=False), group_size=1, values=values)
+        error = max((a - b).abs().max().item() for a, b in zip(got, exact_gradient(), strict=True))
+        assert (error < 1e-12) == is_exact, (lam, error)
+
+
+def test_only_estimators_with_a_critic_ask_for_values():
+    assert all(estimator.needs == {"values"} for estimator in CRITIC_BASED)
+    assert all(estimator.needs == set() for estimator in ALL if estimator not in CRITIC_BASED)
+
+
+@pytest.mark.parametrize("estimator", CRITIC_BASED, ids=str)
+def test_without_values_an_estimator_with_a_critic_says_what_it_lacks(ragged, estimator):
+    with pytest.raises(AssertionError, match="needs values"):
+        estimate(estimator, ragged, values=None)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "settings"),
+    [
+        (GroupNormalized, {"std_eps": 0.0}),
+        (Reinforce, {"gamma": 0.0}),
+        (Reinforce, {"gamma": 1.1}),
+        (ReinforcePlusPlus, {"gamma": -1.0}),
+        (ReinforcePlusPlus, {"ddof": 2}),
+        (ReinforcePlusPlusBaseline, {"ddof": -1}),
+        (GAE, {"ddof": 2}),
+        (GAE, {"gamma": 2.0}),
+        (GAE, {"lam": 1.5}),
+        (DecoupledGAE, {"lam_actor": -0.1}),
+        (DecoupledGAE, {"lam_critic": 1.1}),
+        (LengthAdaptiveGAE, {"alpha": 0.0}),
+        (LengthAdaptiveGAE, {"lam_critic": -1.0}),
+    ],
+    ids=str,
+)
+def test_an_impossible_setting_is_refused_by_name(estimator, settings):
+    with pytest.raises(ConfigError, match=rf"advantage\.{next(iter(settings))}=.*: write"):
+        estimator(**settings)

@@ -1,5 +1,9 @@
 """The losses and gradients of TRL's GRPO trainer, computed by TRL's own code, against ours on the same tensors."""
 
+import ast
+import inspect
+import math
+import textwrap
 from collections import defaultdict
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,8 +15,8 @@ from rlkit.core.divergences import Divergence, Estimator, NoDivergence, ReverseK
 from rlkit.core.entropy import EntropyBonus, EntropyTerm, NoEntropy, NoSelector
 from rlkit.core.logprobs import token_statistics
 from rlkit.core.loss import Strategy
-from rlkit.core.objectives import ClippedSurrogate
-from rlkit.core.ratios import Correction, NoCorrection, Weights
+from rlkit.core.objectives import CISPO, GSPO, ClippedSurrogate, Objective
+from rlkit.core.ratios import Correction, IcePop, Level, MaskedIS, NoCorrection, TruncatedIS, Weights
 from rlkit.core.reduce import Aggregation, Denominators, reduce
 
 ROWS, WIDTH, BUDGET = 6, 9, 12
@@ -21,8 +25,9 @@ AGGREGATIONS = {
     "bnpo": Aggregation.token_mean,
     "dapo": Aggregation.token_mean,
     "dr_grpo": Aggregation.const_norm,
+    "cispo": Aggregation.token_mean,
 }
-every_loss_type = pytest.mark.parametrize("loss_type", list(AGGREGATIONS))
+every_loss_type = pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])  # of the clipped surrogate
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,8 @@ def their_loss(
     steps=1,
     beta=0.0,
     weighted_kl=False,
+    level="token",
+    epsilon_low=0.2,
     epsilon_high=0.2,
     delta=None,
     weights=None,
@@ -84,9 +91,9 @@ def their_loss(
         model=SimpleNamespace(training=True),
         current_gradient_accumulation_steps=steps,
         loss_type=loss_type,
-        importance_sampling_level="token",
+        importance_sampling_level=level,
         beta=beta,
-        epsilon_low=0.2,
+        epsilon_low=epsilon_low,
         epsilon_high=epsilon_high,
         max_completion_length=BUDGET,
         top_entropy_quantile=1.0,
@@ -118,7 +125,7 @@ def their_loss(
 def strategy_of(
     loss_type,
     *,
-    objective: ClippedSurrogate | None = None,
+    objective: Objective | None = None,
     correction: Correction | None = None,
     divergence: Divergence | None = None,
     entropy: EntropyTerm | None = None,
@@ -221,6 +228,114 @@ def test_weights_for_the_engines_mismatch_multiply_what_trls_multiply(trl, loss_
     strategy = strategy_of(loss_type, correction=Given(weights), divergence=ReverseKL(estimator=Estimator.k3))
     mine, _ = our_loss(strategy, given, divergence_coef=0.2)
     assert_same(mine, theirs, [given.logprobs])
+
+
+def their_weights(trl, given, *, mode, floor, cap):
+    """The importance weights of TRL's rollout step, by the very lines of its method: alone they need no model and no engine."""
+    method = ast.parse(textwrap.dedent(inspect.getsource(trl.trainer._generate_and_score_completions)))
+    (block,) = (
+        node
+        for node in ast.walk(method)
+        if isinstance(node, ast.If) and any(ast.unparse(line).startswith("per_token_logps_diff =") for line in node.body)
+    )
+    trainer = SimpleNamespace(
+        use_vllm=True,
+        vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_min=floor,
+        vllm_importance_sampling_clip_max=cap,
+    )
+    scope = {
+        "self": trainer,
+        "torch": torch,
+        "math": math,
+        "completion_mask": given.response_mask.long(),
+        "tool_mask": None,
+        "old_per_token_logps": given.old_logprobs,
+        "sampling_per_token_logps": given.rollout_logprobs,
+    }
+    exec(compile(ast.Module([block], []), "trl", "exec"), scope)
+    return scope["vllm_importance_sampling_ratio"]
+
+
+CORRECTIONS = [
+    ("token_truncate", TruncatedIS(cap=1.3)),
+    ("token_truncate", TruncatedIS(floor=0.8, cap=1.3)),
+    ("sequence_truncate", TruncatedIS(level=Level.sequence, cap=1.3)),
+    ("sequence_mask", MaskedIS(cap=1.3)),
+    ("sequence_mask", MaskedIS(floor=0.8, cap=3.0)),
+    ("token_mask", MaskedIS(level=Level.token, cap=1.3)),
+    ("token_mask", IcePop(floor=0.8, cap=1.3)),
+]
+
+
+@every_loss_type
+@pytest.mark.parametrize(("mode", "correction"), CORRECTIONS, ids=[f"{mode} {c.floor} {c.cap}" for mode, c in CORRECTIONS])
+def test_corrections_for_the_engines_mismatch_are_trls(trl, loss_type, mode, correction):
+    given = batch(5, with_gap=True)
+    given.rollout_logprobs[1, 0] = math.nan  # a token that the engine could not score
+    weights = their_weights(trl, given, mode=mode, floor=correction.floor or None, cap=correction.cap)
+    mine = correction(old_logprobs=given.old_logprobs, rollout_logprobs=given.rollout_logprobs, response_mask=given.response_mask)
+    torch.testing.assert_close(mine.weight[given.response_mask], weights.expand(ROWS, WIDTH)[given.response_mask])
+    assert (mine.below | mine.above).any()  # a bound acts on some
+    assert not (mine.below | mine.above)[given.response_mask].all()  # and not on all
+
+    theirs, _ = their_loss(trl, given, loss_type=loss_type, beta=0.2, weights=weights)
+    strategy = strategy_of(loss_type, correction=correction, divergence=ReverseKL(estimator=Estimator.k3))
+    assert_same(our_loss(strategy, given, divergence_coef=0.2)[0], theirs, [given.logprobs])
+
+
+@pytest.mark.parametrize("bounds", [(0.02, 0.03), (3e-4, 4e-4)], ids=["some rows clipped", "the published bounds"])
+@pytest.mark.parametrize("seed", range(3))
+def test_gspo_is_trls(trl, bounds, seed):
+    given, (low, high) = batch(seed, with_gap=True), bounds
+    theirs, metrics = their_loss(trl, given, loss_type="grpo", level="sequence", epsilon_low=low, epsilon_high=high)
+    mine, step = our_loss(strategy_of("grpo", objective=GSPO(clip_low=low, clip_high=high)), given)
+    assert_same(mine, theirs, [given.logprobs])
+    clipped_rows = step.surrogate.clipped.any(-1)
+    assert clipped_rows.any()
+    assert clipped_rows.double().mean().item() == pytest.approx(metrics["clip_ratio/region_mean"][0])
+
+
+@pytest.mark.parametrize("mode", ["sequence_truncate", "sequence_mask"])
+def test_gspo_with_a_correction_of_whole_responses_is_trls(trl, mode):
+    given = batch(1)
+    correction = (TruncatedIS if mode == "sequence_truncate" else MaskedIS)(level=Level.sequence, cap=1.3)
+    weights = their_weights(trl, given, mode=mode, floor=None, cap=1.3)
+    theirs, _ = their_loss(trl, given, loss_type="grpo", level="sequence", weights=weights)
+    strategy = strategy_of("grpo", objective=GSPO(clip_low=0.2, clip_high=0.2), correction=correction)
+    assert_same(our_loss(strategy, given)[0], theirs, [given.logprobs])
+
+
+def test_gspo_with_a_correction_of_tokens_has_trls_value_and_gives_each_token_its_own_weight(trl):
+    # TRL has one loss per row, and so each token gets its row's mean weight. Both gradients sum to the same over a row.
+    given = batch(1)
+    weights = their_weights(trl, given, mode="token_truncate", floor=None, cap=2.0)
+    theirs, _ = their_loss(trl, given, loss_type="grpo", level="sequence", weights=weights)
+    mine, _ = our_loss(strategy_of("grpo", objective=GSPO(clip_low=0.2, clip_high=0.2), correction=TruncatedIS()), given)
+    torch.testing.assert_close(mine, theirs)
+    my_gradient, their_gradient = (torch.autograd.grad(loss, given.logprobs)[0] for loss in (mine, theirs))
+    mean_weight = (weights * given.response_mask).sum(-1, keepdim=True) / given.response_mask.sum(-1, keepdim=True)
+    torch.testing.assert_close(my_gradient, their_gradient / mean_weight * weights)
+    assert (my_gradient - their_gradient).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cap", [1.2, 5.0])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "with weights for the mismatch"])
+def test_cispo_is_trls(trl, cap, weighted):
+    # TRL's epsilon_high is the cap itself, not its distance from 1.
+    given = batch(2, with_gap=True)
+    weights = their_weights(trl, given, mode="token_truncate", floor=None, cap=2.0) if weighted else None
+    theirs, _ = their_loss(trl, given, loss_type="cispo", epsilon_high=cap, beta=0.1, weights=weights)
+    strategy = strategy_of(
+        "cispo",
+        objective=CISPO(clip_high=cap - 1),
+        correction=TruncatedIS() if weighted else None,
+        divergence=ReverseKL(estimator=Estimator.k3),
+    )
+    mine, step = our_loss(strategy, given, divergence_coef=0.1)
+    assert_same(mine, theirs, [given.logprobs])
+    assert step.surrogate.clipped[given.response_mask].any() == (cap < 5)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "bnpo"])
