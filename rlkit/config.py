@@ -17,16 +17,37 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlkit.core.advantages import Advantage, GroupCentered, GroupNormalized, LeaveOneOut
+from rlkit.core.advantages import (
+    Advantage,
+    GroupCentered,
+    GroupNormalized,
+    GroupPolicyGradient,
+    LeaveOneOut,
+    Reinforce,
+    ReinforcePlusPlus,
+    ReinforcePlusPlusBaseline,
+)
 from rlkit.core.control import Control, Fixed
 from rlkit.core.distill import NoTeacher, Teacher
 from rlkit.core.divergences import Divergence, NoDivergence, ReverseKL
 from rlkit.core.entropy import EntropyBonus, EntropyTerm, NoEntropy, NoSelector, Selector
+from rlkit.core.imitation import Imitation, NoImitation, PositiveExamples
 from rlkit.core.loss import Strategy
-from rlkit.core.objectives import ClippedSurrogate, Objective
-from rlkit.core.ratios import Correction, NoCorrection
+from rlkit.core.objectives import CISPO, GMPO, GSPO, ClippedSurrogate, Objective, ScoreFunction, UnclippedSurrogate
+from rlkit.core.ratios import (
+    Correction,
+    DecoupledPPO,
+    DivergenceRejection,
+    IcePop,
+    MaskedIS,
+    NoCorrection,
+    Rejection,
+    SequenceMaskedTIS,
+    TruncatedIS,
+)
 from rlkit.core.reduce import Aggregation
 from rlkit.core.replay import NoReplay, Replay
+from rlkit.core.shaping import NoShaping, OverlongPenalty, Shaping
 from rlkit.core.values import Critic, NoCritic
 from rlkit.errors import ConfigError
 from rlkit.resources import reward_fns_dir
@@ -91,6 +112,7 @@ class RunConfig:
     model: Model = MISSING
     data: Data = MISSING
     reward: Reward = MISSING
+    shaping: Shaping = MISSING
     environment: Environment = MISSING
     rollout: RolloutEngine = MISSING
     learner: Learner = MISSING
@@ -99,6 +121,7 @@ class RunConfig:
     objective: Objective = MISSING
     correction: Correction = MISSING
     critic: Critic = MISSING
+    imitation: Imitation = MISSING
     divergence: Divergence = MISSING
     entropy: EntropyTerm = MISSING
     selector: Selector = MISSING
@@ -137,13 +160,19 @@ class RunConfig:
             correction=self.correction,
             divergence=self.divergence,
             entropy=self.entropy,
+            imitation=self.imitation,
             aggregation=self.aggregation,
         )
 
     @property
     def needs(self) -> frozenset[str]:
         """What the chosen strategies must be given; what nobody needs is not computed, and its worker not started."""
-        return self.strategy.needs
+        return self.strategy.needs | self.advantage.needs
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether a response's advantage comes from the others to its prompt, and one alone teaches nothing."""
+        return choice_of("advantage", self.advantage) in GROUP_BASELINES
 
     def sampling(self, stop_token_ids: tuple[int, ...]) -> SamplingSpec:
         """How training responses are drawn."""
@@ -170,14 +199,40 @@ CHOICES: dict[str, dict[str, type]] = {
         "reasoning_gym": ReasoningGymData,
     },
     "reward": {"function": Reward},
+    "shaping": {"none": NoShaping, "overlong": OverlongPenalty},
     "environment": {"single_turn": SingleTurn},
     "rollout": {"vllm": VllmEngine, "vllm_async": AsyncVllmEngine, "transformers": TransformersEngine},
     "learner": {"fsdp": Learner},
     "optimizer": {"adamw": AdamW, "sgd": Sgd},
-    "advantage": {"grpo": GroupNormalized, "dr_grpo": GroupCentered, "rloo": LeaveOneOut},
-    "objective": {"clipped": ClippedSurrogate},
-    "correction": {"none": NoCorrection},
+    "advantage": {
+        "grpo": GroupNormalized,
+        "dr_grpo": GroupCentered,
+        "rloo": LeaveOneOut,
+        "gpg": GroupPolicyGradient,
+        "reinforce": Reinforce,
+        "reinforce_pp": ReinforcePlusPlus,
+        "reinforce_pp_baseline": ReinforcePlusPlusBaseline,
+    },
+    "objective": {
+        "clipped": ClippedSurrogate,
+        "unclipped": UnclippedSurrogate,
+        "reinforce": ScoreFunction,
+        "gspo": GSPO,
+        "gmpo": GMPO,
+        "cispo": CISPO,
+    },
+    "correction": {
+        "none": NoCorrection,
+        "tis": TruncatedIS,
+        "masked_is": MaskedIS,
+        "icepop": IcePop,
+        "seq_mask_tis": SequenceMaskedTIS,
+        "decoupled_ppo": DecoupledPPO,
+        "rejection": Rejection,
+        "divergence_rejection": DivergenceRejection,
+    },
     "critic": {"none": NoCritic},
+    "imitation": {"none": NoImitation, "positive": PositiveExamples},
     "divergence": {"none": NoDivergence, "reverse_kl": ReverseKL},
     "entropy": {"none": NoEntropy, "bonus": EntropyBonus},
     "selector": {"none": NoSelector},
@@ -191,7 +246,7 @@ CHOICES: dict[str, dict[str, type]] = {
 }
 
 _BASES: dict[str, type] = {name: hint for name, hint in get_type_hints(RunConfig).items() if name in CHOICES}
-GROUP_BASELINES = ("grpo", "dr_grpo", "rloo")  # of CHOICES["advantage"]
+GROUP_BASELINES = ("grpo", "dr_grpo", "rloo", "gpg", "reinforce_pp_baseline")  # of CHOICES["advantage"]
 
 
 def register(choices: Mapping[str, Mapping[str, type]]) -> None:
@@ -364,6 +419,12 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"group_size=1: advantage={advantage} compares the responses to one prompt with each other, and one response has "
             "an advantage of 0. Write 2 or more; 8 or 16 is usual."
+        )
+    allowed = config.objective.aggregations
+    if allowed is not None and config.aggregation.name not in allowed:
+        yield (
+            f"aggregation={config.aggregation.name}: objective={choice_of('objective', config.objective)} has one ratio per "
+            f"response, and its loss is a mean over responses. Write aggregation={sorted(allowed)[0]}."
         )
     prompts, parts = config.prompts_per_step, config.optimizer_steps_per_batch
     if prompts >= 1 and parts >= 1 and prompts % parts:

@@ -5,7 +5,8 @@ Ragged, per-sample data (a prompt, a rollout) is numpy, which Ray moves without 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
 from typing import Any
 
@@ -183,15 +184,24 @@ class TrainBatch:
     old_logprobs: Tensor | None = None  # [B, T] float32; None: one optimiser step per batch, so they are logprobs.detach()
     ref_logprobs: Tensor | None = None  # [B, T] float32
     ref_hidden: Tensor | None = None  # [B, T, H]: the reference's last hidden states, for exact divergences
+    rewards: Tensor | None = None  # [B] float32, as the reward function gave them
+    policy_weight: Tensor | None = None  # [B, T] float32: multiplies the policy term; None: 1
+    policy_mask: Tensor | None = None  # [B, T] bool: tokens of the policy term and its denominators; None: response_mask
 
     def __post_init__(self):
         want = tuple(self.response_mask.shape)
-        for name in ("advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs", "ref_hidden"):
-            value = getattr(self, name)
-            if value is not None and tuple(value.shape[:2]) != want:
+        for name, value in self._optional():
+            given = tuple(value.shape[: 1 if name == "rewards" else 2])
+            if given != want[: len(given)]:
                 raise DataError(f"TrainBatch.{name} is {list(value.shape)}, response_mask {list(want)}. Pad it in collate.py.")
         if len(self.sample_ids) != want[0]:
             raise DataError(f"TrainBatch has {len(self.sample_ids)} sample ids for {want[0]} rows.")
+
+    def _optional(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors per row or per response token, but for the mask itself; those that are there."""
+        for name in ("advantages", "rollout_logprobs", *(each.name for each in fields(self) if each.default is None)):
+            if (value := getattr(self, name)) is not None:
+                yield name, value
 
     @property
     def num_rows(self) -> int:
@@ -206,29 +216,18 @@ class TrainBatch:
     def sequences(self) -> Sequences:
         return Sequences(input_ids=self.input_ids, prompt_lengths=self.prompt_lengths, response_lengths=self.response_lengths)
 
-    def with_old_logprobs(self, old_logprobs: Tensor) -> TrainBatch:
-        return replace(self, old_logprobs=old_logprobs)
-
     def select(self, rows: list[int]) -> TrainBatch:
         """These rows, in this order, trimmed to the longest of them."""
         index = torch.tensor(rows, dtype=torch.int64)
         width = int(self.response_lengths[index].max()) if rows else 0
         total = int(self.lengths[index].max()) if rows else 0
-
-        def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[index, :width]
-
         return TrainBatch(
             sample_ids=tuple(self.sample_ids[row] for row in rows),
             input_ids=self.input_ids[index, :total],
             prompt_lengths=self.prompt_lengths[index],
             response_lengths=self.response_lengths[index],
             response_mask=self.response_mask[index, :width],
-            advantages=self.advantages[index, :width],
-            rollout_logprobs=self.rollout_logprobs[index, :width],
-            old_logprobs=cut(self.old_logprobs),
-            ref_logprobs=cut(self.ref_logprobs),
-            ref_hidden=cut(self.ref_hidden),
+            **{name: value[index] if value.ndim == 1 else value[index, :width] for name, value in self._optional()},  # pyright: ignore[reportArgumentType]
         )
 
 

@@ -113,7 +113,7 @@ def test_tables_take_new_keys(own: list[str]):
         ("evaluation.ks=[a]", "evaluation.ks=[a]: not a list like [a,b], each a whole number. Write evaluation.ks=[1,4,16]."),
         ("experiment_name=[a]", "experiment_name=[a]: not text. Write experiment_name=quickstart."),
         ("cluster.num_cpus=all", "cluster.num_cpus=all: not a whole number or null. Write cluster.num_cpus=null."),
-        ("experiment=grpoo", "experiment=grpoo: no such choice. Did you mean grpo? Choices: grpo, "),
+        ("experiment=grpoo", "experiment=grpoo: no such choice. Did you mean grpo? Choices: "),
         ("divergence=null", "divergence=null: no such choice. Choices: none, reverse_kl."),
         (
             "divergence.coef=0.1",

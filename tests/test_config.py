@@ -281,7 +281,9 @@ def test_a_registered_choice_is_chosen_set_and_checked_like_any_other():
     config = compose.compose(["objective=halved", "objective.factor=0.25"])
     assert config.objective == Halved(factor=0.25)
     assert wrong("objective=halved", "objective.factor=0") == ["objective.factor=0.0: write a number above 0."]
-    assert wrong("objective=halve") == ["objective=halve: no such choice. Did you mean halved? Choices: clipped, halved."]
+    (refused,) = wrong("objective=halve")
+    assert refused.startswith("objective=halve: no such choice. Did you mean halved? Choices: clipped, ")
+    assert refused.endswith(", halved.")
 
 
 @pytest.mark.parametrize(

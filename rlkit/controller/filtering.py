@@ -12,8 +12,8 @@ from rlkit.data.collate import group_index
 from rlkit.types import FinishReason, RewardStatus, Rollout
 
 
-def trainable(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Counter[str]]:
-    """The rollouts to learn from: scored ones whose group has at least two. Also what was left out, by reason.
+def trainable(rollouts: Sequence[Rollout], *, at_least: int) -> tuple[list[Rollout], Counter[str]]:
+    """The rollouts to learn from: scored ones whose group has at least so many. Also what was left out, by reason.
 
     A failed reward is not a zero: the sample leaves its group's mean, its std and every denominator.
     """
@@ -23,8 +23,8 @@ def trainable(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Counter[str]]
         if rollout.status is not RewardStatus.ok:
             dropped[rollout.status.value] += 1
     sizes = Counter(rollout.group_id for rollout in scored)
-    kept = [rollout for rollout in scored if sizes[rollout.group_id] >= 2]
-    dropped["group"] = len({rollout.group_id for rollout in rollouts}) - sum(size >= 2 for size in sizes.values())
+    kept = [rollout for rollout in scored if sizes[rollout.group_id] >= at_least]
+    dropped["group"] = len({rollout.group_id for rollout in rollouts}) - sum(size >= at_least for size in sizes.values())
     return kept, dropped
 
 

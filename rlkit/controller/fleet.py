@@ -125,6 +125,7 @@ class Learners:
     def __init__(self, config: RunConfig, cluster: Cluster, turns: Turns):
         count = config.learner.num_ranks
         self._max_response_tokens = config.max_response_tokens
+        self._strategy = config.strategy
         self._deadline_s = config.learner.deadline_s
         address = cluster.meeting_point() if count > 1 else ""
         self._handles = [
@@ -145,7 +146,10 @@ class Learners:
     def update(self, batch: TrainBatch, *, divergence_coef: float | None, entropy_coef: float | None) -> StepStats:
         """One optimiser step; its denominators are counted here, before the rows are dealt out."""
         self._turns.learn()
-        denominators = Denominators.count(batch.response_mask, max_response_tokens=self._max_response_tokens)
+        masks = self._strategy.masks(response_mask=batch.response_mask, keep=batch.policy_mask, rewards=batch.rewards)
+        denominators = {
+            name: Denominators.count(mask, max_response_tokens=self._max_response_tokens) for name, mask in masks.items()
+        }
         stats: list[StepStats] = wait(
             [
                 handle.call("update", part, denominators=denominators, divergence_coef=divergence_coef, entropy_coef=entropy_coef)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from rlkit.controller.filtering import rollout_metrics, trainable
 from rlkit.controller.fleet import Engines, Learners, ReferenceScorer
 from rlkit.controller.lookahead import Lookahead
 from rlkit.controller.preemption import Preemption, StopRequested
+from rlkit.controller.preparation import correct, shaped_rewards, with_effective_sample_size
 from rlkit.controller.progress import Coefficients, Progress
 from rlkit.controller.sampling import Sampled, Sampler, Submitted
 from rlkit.controller.tracking import Tracker
 from rlkit.controller.turns import ByTurns, SideBySide
-from rlkit.data.collate import collate, group_index, minibatches, response_mask, token_rewards
+from rlkit.data.collate import collate, group_index, minibatches, response_mask
 from rlkit.data.models.loading import context_length, load_tokenizer, resolve, stop_token_ids
 from rlkit.data.order import PromptOrder
 from rlkit.data.prompts import PromptSet, load_prompts
@@ -182,7 +183,7 @@ class Run:
             sampled = self.ahead.take(step)
         if not self.config.max_staleness:  # then the wait was for these two
             clock.split("wait", generate=sampled.generate_s, reward=sampled.reward_s)
-        rollouts, dropped = trainable(sampled.rollouts)
+        rollouts, dropped = trainable(sampled.rollouts, at_least=2 if self.config.compares_groups else 1)
         metrics = rollout_metrics(sampled, rollouts, dropped) | self.staleness(rollouts)
         advantages: Tensor | None = None
         if rollouts:
@@ -191,7 +192,7 @@ class Run:
             with clock.time("learn"):
                 metrics |= self.learn(step, batch)
         else:
-            self.tracker.message(f"Step {step}: no group has two scored samples, so nothing was learnt from it.")
+            self.tracker.message(f"Step {step}: no group has enough scored samples, so nothing was learnt from it.")
         self.progress.step = step
         report = self.sync()
         clock.add("sync", report.sync_s)
@@ -228,8 +229,9 @@ class Run:
 
     def prepare(self, rollouts: Sequence[Rollout]) -> tuple[TrainBatch, Tensor]:
         """Advantages [B, T] over the whole batch of rollouts, and the reference's scores where a strategy needs them."""
-        estimate = self.config.advantage(
-            token_rewards=token_rewards(rollouts), response_mask=response_mask(rollouts), group_ids=group_index(rollouts)
+        config = self.config
+        estimate = config.advantage(
+            token_rewards=shaped_rewards(config, rollouts), response_mask=response_mask(rollouts), group_ids=group_index(rollouts)
         )
         scores = None if self.reference is None else self.reference.score(rollouts)
         batch = collate(
@@ -243,26 +245,29 @@ class Run:
     def learn(self, step: int, batch: TrainBatch) -> dict[str, float]:
         """Every optimiser step on one batch of rollouts."""
         config = self.config
-        if config.max_staleness:  # the ratio is to the policy that sampled, which is not the present one
-            batch = batch.with_old_logprobs(batch.rollout_logprobs)
+        if "proximal_logprobs" in config.needs:
+            batch = replace(batch, old_logprobs=self.learner.logprobs(batch))
+        elif config.max_staleness:  # the ratio is to the policy that sampled, which is not the present one
+            batch = replace(batch, old_logprobs=batch.rollout_logprobs)
         elif config.optimizer_steps_per_step > 1:
-            batch = batch.with_old_logprobs(self.learner.logprobs(batch))
+            batch = replace(batch, old_logprobs=self.learner.logprobs(batch))
         parts: list[dict[str, Metric]] = []
         for epoch in range(config.epochs_per_batch):
             order_seed = (config.seed << 32) + step * config.epochs_per_batch + epoch
             for number, part in enumerate(minibatches(batch, config.optimizer_steps_per_batch, seed=order_seed)):
+                part, corrected = correct(config.correction, part)
                 coefficients = self.progress.coefficients
                 stats = self.learner.update(
                     part,
                     divergence_coef=coefficients.divergence and coefficients.divergence.coef,
                     entropy_coef=coefficients.entropy and coefficients.entropy.coef,
                 )
-                parts.append(stats.metrics)
+                parts.append(stats.metrics | corrected)
                 if stats.skipped:
                     self.dump(f"step_{step:06d}-{epoch}-{number}", part)
                 else:
                     self.progress.coefficients = coefficients.update(config, stats.metrics, part.num_rows)
-        return values(merge(parts))
+        return with_effective_sample_size(values(merge(parts)))
 
     def dump(self, name: str, batch: TrainBatch) -> None:
         """Keep the batch of a non-finite step for whoever has to find the cause."""

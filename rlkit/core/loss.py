@@ -1,14 +1,15 @@
 """The fixed chain from one microbatch's log-probabilities to its named loss terms."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from rlkit.core.divergences import Divergence
 from rlkit.core.entropy import EntropyTerm, Selector
+from rlkit.core.imitation import Imitation, NoImitation
 from rlkit.core.objectives import Objective, Surrogate
-from rlkit.core.ratios import Correction
+from rlkit.core.ratios import Correction, Weights
 from rlkit.core.reduce import Aggregation, LossTerm
 
 
@@ -30,12 +31,21 @@ class Strategy:
     correction: Correction
     divergence: Divergence
     entropy: EntropyTerm
-    aggregation: Aggregation  # of every term
+    aggregation: Aggregation  # of every term but imitation's, which has its own
+    imitation: Imitation = field(default_factory=NoImitation)
 
     @property
     def needs(self) -> frozenset[str]:
         """What must be computed for any of the parts."""
-        return self.objective.needs | self.selector.needs | self.correction.needs | self.divergence.needs | self.entropy.needs
+        parts = (self.objective, self.selector, self.correction, self.divergence, self.entropy, self.imitation)
+        return frozenset().union(*(part.needs for part in parts))
+
+    def masks(self, *, response_mask: Tensor, keep: Tensor | None = None, rewards: Tensor | None = None) -> dict[str, Tensor]:
+        """Name of every possible term -> the tokens [B, T] bool that its denominators count, over a whole optimiser step."""
+        masks = dict.fromkeys(("divergence", "entropy"), response_mask) | {"policy": response_mask if keep is None else keep}
+        if rewards is not None and (imitated := self.imitation.mask(rewards=rewards, response_mask=response_mask)) is not None:
+            masks["imitation"] = imitated
+        return masks
 
     def terms(
         self,
@@ -51,14 +61,17 @@ class Strategy:
         ref_logprobs: Tensor | None = None,
         entropy: Tensor | None = None,
         exact_divergence: Tensor | None = None,
+        rewards: Tensor | None = None,
+        weights: Weights | None = None,
         generator: torch.Generator | None = None,
     ) -> StepTerms:
-        """Objective -> selector -> correction, then divergence and entropy beside them. All tensors [B, T].
+        """Objective -> selector -> correction, then divergence, entropy and imitation beside them. All tensors [B, T]; rewards [B].
 
         A choice of `none` builds no term; its coefficient is None. The others' coefficients come from their controllers. The
         correction's weight multiplies the policy term only, and only that term loses the tokens it rejects: divergence and
         entropy stay on the whole response_mask. behaviour_logprobs, of the policy that sampled, are old_logprobs unless
-        given: pass rollout_logprobs for a stale or replayed batch.
+        given: pass rollout_logprobs for a stale or replayed batch. weights are the correction's where it was asked about the
+        whole optimiser step, which it must be if it is a `whole_batch` one.
         """
         surrogate = self.objective(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, response_mask=response_mask)
         surrogate = self.selector(
@@ -69,7 +82,8 @@ class Strategy:
             response_mask=response_mask,
             generator=generator,
         )
-        weights = self.correction(old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs, response_mask=response_mask)
+        if weights is None:
+            weights = self.correction(old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs, response_mask=response_mask)
         keep, policy_loss = response_mask, surrogate.loss
         if weights is not None:
             keep, policy_loss = weights.keep, surrogate.loss * weights.weight.masked_fill(~weights.keep, 0.0)
@@ -85,6 +99,9 @@ class Strategy:
             terms.append(self._term("divergence", divergence_loss, response_mask, divergence_coef))
         if (entropy_loss := self.entropy.loss(entropy=entropy)) is not None:
             terms.append(self._term("entropy", entropy_loss, response_mask, entropy_coef))
+        if rewards is not None:
+            imitation = self.imitation.term(logprobs=logprobs, rewards=rewards, response_mask=response_mask)
+            terms += [imitation] if imitation is not None else []
         return StepTerms(terms=terms, surrogate=surrogate, keep=keep)
 
     def _term(self, name: str, loss: Tensor, mask: Tensor, coef: float | None) -> LossTerm:

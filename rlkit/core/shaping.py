@@ -34,24 +34,25 @@ class NoShaping(Shaping):
 class OverlongPenalty(Shaping):
     """A penalty that grows over the last tokens of the budget (DAPO's soft overlong punishment).
 
-        penalty = -factor * clip((length - (max_response_tokens - buffer_tokens)) / buffer_tokens, 0, 1)
+        buffer  = buffer_fraction * max_response_tokens
+        penalty = -factor * clip((length - (max_response_tokens - buffer)) / buffer, 0, 1)
 
     Source: arXiv:2503.14476 sec. 3.4.
     """
 
-    buffer_tokens: int = 4096  # of the budget's end over which the penalty grows; at most max_response_tokens
+    buffer_fraction: float = 0.2  # of the budget, its end over which the penalty grows; 4,096 of 20,480 tokens in the paper
     factor: float = 1.0  # the penalty of a response that fills the budget
 
     def __post_init__(self):
-        if self.buffer_tokens < 1:
-            raise ConfigError(f"shaping.buffer_tokens={self.buffer_tokens}: write 1 or more; a fifth of the budget is usual.")
+        if not 0 < self.buffer_fraction <= 1:
+            raise ConfigError(f"shaping.buffer_fraction={self.buffer_fraction}: write a number in (0, 1]; 0.2 is usual.")
         if not self.factor >= 0:
             raise ConfigError(f"shaping.factor={self.factor}: write 0 or more; 1 is usual where rewards are 0 and 1.")
 
     def __call__(self, *, lengths: Tensor, max_response_tokens: int) -> Tensor:
         """[B], 0 or below."""
-        excess = lengths - (max_response_tokens - self.buffer_tokens)
-        return -self.factor * (excess / self.buffer_tokens).clamp(0.0, 1.0)
+        buffer = self.buffer_fraction * max_response_tokens
+        return -self.factor * ((lengths - max_response_tokens) / buffer + 1).clamp(0.0, 1.0)
 
 
 @dataclass(kw_only=True, slots=True)

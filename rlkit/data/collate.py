@@ -67,6 +67,7 @@ def collate(
         response_lengths=sequences.response_lengths,
         response_mask=mask,
         advantages=advantages,
+        rewards=torch.tensor([float("nan") if rollout.reward is None else rollout.reward for rollout in rollouts]),
         rollout_logprobs=pad_rows([rollout.rollout_logprobs for rollout in rollouts], torch.float32, width=width),
         ref_logprobs=None if ref_logprobs is None else pad_rows(ref_logprobs, torch.float32, width=width),
         ref_hidden=hidden,

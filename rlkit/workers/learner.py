@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from rlkit.config import RunConfig
 from rlkit.core.divergences import FDivergence
 from rlkit.core.logprobs import TokenStatistics, chunk_size
+from rlkit.core.ratios import Weights
 from rlkit.core.reduce import Denominators, reduce
 from rlkit.data.layout import EMPTY_LAYOUT, Layout, LayoutKind, arrange, whole_sequences
 from rlkit.data.models.loading import copy_tokenizer_files, load_model, resolve
@@ -97,11 +98,11 @@ class Learner:
         self,
         batch: TrainBatch,
         *,
-        denominators: Denominators,
+        denominators: Mapping[str, Denominators],
         divergence_coef: float | None,
         entropy_coef: float | None,
     ) -> StepStats:
-        """One optimiser step on this rank's rows. `denominators` count the whole step over all ranks.
+        """One optimiser step on this rank's rows. `denominators` count the whole step over all ranks, for every term its own.
 
         Raises NumericalError after `learner.max_skipped_steps` non-finite steps in a row.
         """
@@ -155,7 +156,7 @@ class Learner:
         self,
         batch: TrainBatch,
         layout: Layout,
-        denominators: Denominators,
+        denominators: Mapping[str, Denominators],
         divergence_coef: float | None,
         entropy_coef: float | None,
     ) -> dict[str, Metric]:
@@ -176,11 +177,13 @@ class Learner:
             ref_logprobs=batch.ref_logprobs,
             entropy=entropy,
             exact_divergence=exact,
+            rewards=batch.rewards,
+            weights=correction_of(batch),
         )
         loss = logprobs.new_zeros(())
         shares: dict[str, Metric] = {}
         for term in step.terms:
-            share = reduce(term.loss, term.mask, aggregation=term.aggregation, denominators=denominators)
+            share = reduce(term.loss, term.mask, aggregation=term.aggregation, denominators=denominators[term.name])
             loss = loss + term.coef * share
             shares[f"{term.name}/loss"] = Sum(float(share.detach()))
         if not batch.num_rows:
@@ -412,6 +415,13 @@ def scatter(values: Tensor, batch: TrainBatch) -> Tensor:
     width = torch.arange(batch.response_mask.shape[1])
     present = width < batch.response_lengths.unsqueeze(1)
     return values.new_zeros(present.shape).masked_scatter(present.to(values.device), values).cpu()
+
+
+def correction_of(batch: TrainBatch) -> Weights | None:
+    """What a correction said of these tokens when it was asked about the whole step."""
+    if batch.policy_weight is None or batch.policy_mask is None:
+        return None
+    return Weights(weight=batch.policy_weight, keep=batch.policy_mask)
 
 
 def make_optimizer(settings: Optimizer, policy: Policy) -> torch.optim.Optimizer:

@@ -227,7 +227,7 @@ def test_seeds_depend_on_every_part_of_a_samples_identity():
 def test_a_group_with_one_scored_sample_is_dropped_and_counted(make_rollout):
     good = [replace(make_rollout(i, [3], [4]), group_id=f"g{i // 2}") for i in range(6)]
     spoiled = [replace(r, status=RewardStatus.timeout, reward=None) if i in (0, 4, 5) else r for i, r in enumerate(good)]
-    kept, dropped = trainable(spoiled)
+    kept, dropped = trainable(spoiled, at_least=2)
     assert [rollout.sample_id for rollout in kept] == ["sample-2", "sample-3"]
     assert dropped["group"] == 2
     assert dropped["timeout"] == 3

@@ -13,14 +13,14 @@ def test_the_penalty_grows_over_the_last_tokens_of_the_budget():
     lengths = torch.tensor([0, 10000, 16384, 17408, 18432, 20480, 30000])
     penalty = OverlongPenalty()(lengths=lengths, max_response_tokens=20480)
     torch.testing.assert_close(penalty, torch.tensor([0.0, 0.0, 0.0, -0.25, -0.5, -1.0, -1.0]), rtol=0, atol=0)
-    scaled = OverlongPenalty(buffer_tokens=4096, factor=0.5)(lengths=lengths, max_response_tokens=20480)
+    scaled = OverlongPenalty(buffer_fraction=0.2, factor=0.5)(lengths=lengths, max_response_tokens=20480)
     torch.testing.assert_close(scaled, penalty / 2, rtol=0, atol=0)
 
 
 def test_within_the_budget_the_penalty_is_dapos_formula():
     lengths = torch.arange(513)
     expected = torch.minimum(-(lengths - (512 - 100)) / 100 * 0.7, torch.zeros(()))
-    got = OverlongPenalty(buffer_tokens=100, factor=0.7)(lengths=lengths, max_response_tokens=512)
+    got = OverlongPenalty(buffer_fraction=100 / 512, factor=0.7)(lengths=lengths, max_response_tokens=512)
     torch.testing.assert_close(got, expected)
     assert got[412] == 0
     assert got[413] < 0
@@ -63,7 +63,7 @@ def test_truncated_rows_leave_the_loss_and_its_denominator_and_stay_in_their_gro
 @pytest.mark.parametrize(
     ("kind", "settings", "key"),
     [
-        (OverlongPenalty, {"buffer_tokens": 0}, r"shaping\.buffer_tokens"),
+        (OverlongPenalty, {"buffer_fraction": 0}, r"shaping\.buffer_fraction"),
         (OverlongPenalty, {"factor": -1.0}, r"shaping\.factor"),
         (DynamicSampling, {"max_batches": -1}, r"prompt_filter\.max_batches"),
     ],

@@ -33,7 +33,8 @@ def weights(learner) -> dict[str, torch.Tensor]:
 
 
 def step(learner, batch, *, divergence_coef=None, entropy_coef=None):
-    denominators = Denominators.count(batch.response_mask, max_response_tokens=16)
+    counted = Denominators.count(batch.response_mask, max_response_tokens=16)
+    denominators = dict.fromkeys(("policy", "divergence", "entropy"), counted)
     return learner.update(batch, denominators=denominators, divergence_coef=divergence_coef, entropy_coef=entropy_coef)
 
 

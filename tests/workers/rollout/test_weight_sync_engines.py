@@ -228,7 +228,9 @@ def test_two_tensor_parallel_workers_hold_the_learners_weights_refuse_torn_ones_
     engine = OneEngine(handle)
     report = sync_weights(learner, engine, version=0, probes=PROBES, tolerance=TOLERANCES["float32"])
     assert report.max_abs <= 1e-4
-    with pytest.raises(SyncError, match=r"^engine that tears: Weight sync 1 failed inside the engine, which cannot be used any more"):
+    with pytest.raises(
+        SyncError, match=r"^engine that tears: Weight sync 1 failed inside the engine, which cannot be used any more"
+    ):
         sync_weights(learner, engine, version=1, probes=PROBES, tolerance=TOLERANCES["float32"])
     with pytest.raises(WorkerError, match="cannot be used any more"):
         handle.call("generate", under_way(1), SamplingSpec(max_tokens=4, stop_token_ids=())).result(DEADLINE_S)
