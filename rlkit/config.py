@@ -18,11 +18,14 @@ from omegaconf import MISSING, Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlkit.core.advantages import (
+    GAE,
     Advantage,
+    DecoupledGAE,
     GroupCentered,
     GroupNormalized,
     GroupPolicyGradient,
     LeaveOneOut,
+    LengthAdaptiveGAE,
     Reinforce,
     ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
@@ -48,7 +51,7 @@ from rlkit.core.ratios import (
 from rlkit.core.reduce import Aggregation
 from rlkit.core.replay import NoReplay, Replay
 from rlkit.core.shaping import NoShaping, OverlongPenalty, Shaping
-from rlkit.core.values import Critic, NoCritic
+from rlkit.core.values import Critic, DoubleSoftMin, NoCritic, ValueModel
 from rlkit.errors import ConfigError
 from rlkit.resources import reward_fns_dir
 from rlkit.settings import (
@@ -161,6 +164,7 @@ class RunConfig:
             divergence=self.divergence,
             entropy=self.entropy,
             imitation=self.imitation,
+            critic=self.critic,
             aggregation=self.aggregation,
         )
 
@@ -212,6 +216,9 @@ CHOICES: dict[str, dict[str, type]] = {
         "reinforce": Reinforce,
         "reinforce_pp": ReinforcePlusPlus,
         "reinforce_pp_baseline": ReinforcePlusPlusBaseline,
+        "gae": GAE,
+        "vc_ppo": DecoupledGAE,
+        "vapo": LengthAdaptiveGAE,
     },
     "objective": {
         "clipped": ClippedSurrogate,
@@ -231,7 +238,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "rejection": Rejection,
         "divergence_rejection": DivergenceRejection,
     },
-    "critic": {"none": NoCritic},
+    "critic": {"none": NoCritic, "value_model": ValueModel, "double_softmin": DoubleSoftMin},
     "imitation": {"none": NoImitation, "positive": PositiveExamples},
     "divergence": {"none": NoDivergence, "reverse_kl": ReverseKL},
     "entropy": {"none": NoEntropy, "bonus": EntropyBonus},
@@ -420,6 +427,11 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"group_size=1: advantage={advantage} compares the responses to one prompt with each other, and one response has "
             "an advantage of 0. Write 2 or more; 8 or 16 is usual."
         )
+    critic = choice_of("critic", config.critic)
+    if "values" in config.advantage.needs and critic == "none":
+        yield f"critic=none: advantage={advantage} is computed from a critic's values. Write critic=value_model."
+    if "values" in config.critic.needs and "values" not in config.advantage.needs:
+        yield f"critic={critic}: advantage={advantage} never reads its values. Write advantage=gae, or critic=none."
     allowed = config.objective.aggregations
     if allowed is not None and config.aggregation.name not in allowed:
         yield (

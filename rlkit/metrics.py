@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from rlkit.core.values import ExplainedVariance
+
 
 @dataclass(frozen=True, slots=True)
 class Mean:
@@ -69,8 +71,8 @@ class Last:
         return other
 
 
-Metric = Mean | Sum | Max | Min | Last
-M = TypeVar("M", Mean, Sum, Max, Min, Last)
+Metric = Mean | Sum | Max | Min | Last | ExplainedVariance
+M = TypeVar("M", Mean, Sum, Max, Min, Last, ExplainedVariance)
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:

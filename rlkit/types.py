@@ -185,6 +185,8 @@ class TrainBatch:
     ref_logprobs: Tensor | None = None  # [B, T] float32
     ref_hidden: Tensor | None = None  # [B, T, H]: the reference's last hidden states, for exact divergences
     rewards: Tensor | None = None  # [B] float32, as the reward function gave them
+    old_values: Tensor | None = None  # [B, T] float32: of the critic, that the advantages were computed from
+    returns: Tensor | None = None  # [B, T] float32: the critic's targets
     policy_weight: Tensor | None = None  # [B, T] float32: multiplies the policy term; None: 1
     policy_mask: Tensor | None = None  # [B, T] bool: tokens of the policy term and its denominators; None: response_mask
 

@@ -157,17 +157,24 @@ class Learners:
             ],
             self._deadline_s,
         )
-        shared = {"policy/grad_norm", "policy/skipped_steps"}  # the same on every rank: counted once
+        shared = {"policy/grad_norm", "critic/grad_norm", "policy/skipped_steps"}  # the same on every rank: counted once
         parts = [{k: v for k, v in s.metrics.items() if i == 0 or k not in shared} for i, s in enumerate(stats)]
         return StepStats(metrics=merge(parts), skipped=stats[0].skipped)
 
     def logprobs(self, batch: TrainBatch) -> Tensor:
         """[B, T] under the current weights."""
+        return self._per_token("logprobs", batch)
+
+    def values(self, batch: TrainBatch) -> Tensor:
+        """[B, T]: the critic's."""
+        return self._per_token("values", batch)
+
+    def _per_token(self, method: str, batch: TrainBatch) -> Tensor:
         self._turns.learn()
         out = torch.zeros(batch.response_mask.shape)
         position = {sample_id: row for row, sample_id in enumerate(batch.sample_ids)}
         parts = split_ranks(batch, len(self._handles))
-        pending = [handle.call("logprobs", part) for handle, part in zip(self._handles, parts, strict=True)]
+        pending = [handle.call(method, part) for handle, part in zip(self._handles, parts, strict=True)]
         for part, values in zip(parts, wait(pending, self._deadline_s), strict=True):
             rows = torch.tensor([position[sample_id] for sample_id in part.sample_ids], dtype=torch.int64)
             out[rows, : values.shape[1]] = values

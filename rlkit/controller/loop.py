@@ -229,17 +229,18 @@ class Run:
 
     def prepare(self, rollouts: Sequence[Rollout]) -> tuple[TrainBatch, Tensor]:
         """Advantages [B, T] over the whole batch of rollouts, and the reference's scores where a strategy needs them."""
-        config = self.config
-        estimate = config.advantage(
-            token_rewards=shaped_rewards(config, rollouts), response_mask=response_mask(rollouts), group_ids=group_index(rollouts)
-        )
+        config, mask = self.config, response_mask(rollouts)
         scores = None if self.reference is None else self.reference.score(rollouts)
         batch = collate(
             rollouts,
-            estimate.advantages,
             ref_logprobs=None if scores is None else scores.logprobs,
             ref_hidden=None if scores is None else scores.hidden,
         )
+        values = self.learner.values(batch) if "values" in config.needs else None
+        estimate = config.advantage(
+            token_rewards=shaped_rewards(config, rollouts), response_mask=mask, group_ids=group_index(rollouts), values=values
+        )
+        batch = replace(batch, advantages=estimate.advantages, old_values=values, returns=estimate.returns)
         return batch, estimate.advantages
 
     def learn(self, step: int, batch: TrainBatch) -> dict[str, float]:

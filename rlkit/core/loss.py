@@ -11,6 +11,7 @@ from rlkit.core.imitation import Imitation, NoImitation
 from rlkit.core.objectives import Objective, Surrogate
 from rlkit.core.ratios import Correction, Weights
 from rlkit.core.reduce import Aggregation, LossTerm
+from rlkit.core.values import Critic, NoCritic, TrainedCritic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,18 +32,21 @@ class Strategy:
     correction: Correction
     divergence: Divergence
     entropy: EntropyTerm
-    aggregation: Aggregation  # of every term but imitation's, which has its own
+    aggregation: Aggregation  # of every term but those of imitation and values, which are means over tokens
     imitation: Imitation = field(default_factory=NoImitation)
+    critic: Critic = field(default_factory=NoCritic)
 
     @property
     def needs(self) -> frozenset[str]:
         """What must be computed for any of the parts."""
-        parts = (self.objective, self.selector, self.correction, self.divergence, self.entropy, self.imitation)
+        parts = (self.objective, self.selector, self.correction, self.divergence, self.entropy, self.imitation, self.critic)
         return frozenset().union(*(part.needs for part in parts))
 
     def masks(self, *, response_mask: Tensor, keep: Tensor | None = None, rewards: Tensor | None = None) -> dict[str, Tensor]:
         """Name of every possible term -> the tokens [B, T] bool that its denominators count, over a whole optimiser step."""
-        masks = dict.fromkeys(("divergence", "entropy"), response_mask) | {"policy": response_mask if keep is None else keep}
+        masks = dict.fromkeys(("divergence", "entropy", "value"), response_mask) | {
+            "policy": response_mask if keep is None else keep
+        }
         if rewards is not None and (imitated := self.imitation.mask(rewards=rewards, response_mask=response_mask)) is not None:
             masks["imitation"] = imitated
         return masks
@@ -62,10 +66,13 @@ class Strategy:
         entropy: Tensor | None = None,
         exact_divergence: Tensor | None = None,
         rewards: Tensor | None = None,
+        values: Tensor | None = None,
+        old_values: Tensor | None = None,
+        returns: Tensor | None = None,
         weights: Weights | None = None,
         generator: torch.Generator | None = None,
     ) -> StepTerms:
-        """Objective -> selector -> correction, then divergence, entropy and imitation beside them. All tensors [B, T]; rewards [B].
+        """Objective -> selector -> correction, then the other terms beside them. All tensors [B, T]; rewards [B].
 
         A choice of `none` builds no term; its coefficient is None. The others' coefficients come from their controllers. The
         correction's weight multiplies the policy term only, and only that term loses the tokens it rejects: divergence and
@@ -102,6 +109,14 @@ class Strategy:
         if rewards is not None:
             imitation = self.imitation.term(logprobs=logprobs, rewards=rewards, response_mask=response_mask)
             terms += [imitation] if imitation is not None else []
+        if isinstance(self.critic, TrainedCritic):
+            assert values is not None, "a critic needs its values"
+            assert old_values is not None, "a critic needs the values that the advantages were computed from"
+            assert returns is not None, "a critic needs returns"
+            loss = self.critic.loss(values=values, old_values=old_values, returns=returns, response_mask=response_mask)
+            terms.append(
+                LossTerm(name="value", loss=loss, mask=response_mask, coef=self.critic.coef, aggregation=Aggregation.token_mean)
+            )
         return StepTerms(terms=terms, surrogate=surrogate, keep=keep)
 
     def _term(self, name: str, loss: Tensor, mask: Tensor, coef: float | None) -> LossTerm:

@@ -69,6 +69,10 @@ class TrainedCritic(Critic):
             raise ConfigError(f"critic.value_clip={self.value_clip}: write a value above 0, or null for no bound; 0.5 is usual.")
 
     @abstractmethod
+    def loss(self, *, values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor) -> Tensor:
+        """As in the base class, and never None."""
+
+    @abstractmethod
     def value(self, heads: Tensor) -> Tensor:
         """The value from what the model predicts, [..., num_heads] -> [...]."""
 

@@ -47,12 +47,13 @@ def sequences_of(rollouts: Sequence[Rollout]) -> Sequences:
 
 def collate(
     rollouts: Sequence[Rollout],
-    advantages: Tensor,
+    advantages: Tensor | None = None,
     *,
     ref_logprobs: Sequence[np.ndarray] | None = None,
     ref_hidden: Sequence[np.ndarray] | None = None,
 ) -> TrainBatch:
-    """One padded batch; `ref_logprobs` [T] and `ref_hidden` [T, H] come per rollout, as scorers return them."""
+    """One padded batch, with advantages of 0 until they are known; `ref_logprobs` [T] and `ref_hidden` [T, H] come per rollout,
+    as scorers return them."""
     mask, sequences = response_mask(rollouts), sequences_of(rollouts)
     width = mask.shape[1]
     hidden = None
@@ -66,7 +67,7 @@ def collate(
         prompt_lengths=sequences.prompt_lengths,
         response_lengths=sequences.response_lengths,
         response_mask=mask,
-        advantages=advantages,
+        advantages=torch.zeros(mask.shape) if advantages is None else advantages,
         rewards=torch.tensor([float("nan") if rollout.reward is None else rollout.reward for rollout in rollouts]),
         rollout_logprobs=pad_rows([rollout.rollout_logprobs for rollout in rollouts], torch.float32, width=width),
         ref_logprobs=None if ref_logprobs is None else pad_rows(ref_logprobs, torch.float32, width=width),

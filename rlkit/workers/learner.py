@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -23,18 +23,23 @@ from torch.utils.checkpoint import checkpoint
 
 from rlkit.config import RunConfig
 from rlkit.core.divergences import FDivergence
-from rlkit.core.logprobs import TokenStatistics, chunk_size
+from rlkit.core.logprobs import chunk_size
 from rlkit.core.ratios import Weights
 from rlkit.core.reduce import Denominators, reduce
+from rlkit.core.values import Backbone, Critic, ExplainedVariance, TrainedCritic
 from rlkit.data.layout import EMPTY_LAYOUT, Layout, LayoutKind, arrange, whole_sequences
+from rlkit.data.models.critic import CriticModel, ValueHeads
 from rlkit.data.models.loading import copy_tokenizer_files, load_model, resolve
-from rlkit.data.models.policy import Policy, ReferenceStates
+from rlkit.data.models.policy import Policy, PolicyOutput, ReferenceStates
 from rlkit.errors import DataError, NumericalError, ResourceError
 from rlkit.metrics import Last, Max, Mean, Metric, Min, Sum, merge
 from rlkit.settings import AdamW, Dtype, Optimizer, Schedule
 from rlkit.types import StepStats, TrainBatch
 from rlkit.workers.handle import Rank
 from rlkit.workers.weight_sync import Manifest, WeightPart, digests, layer_groups, pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Learner:
@@ -58,39 +63,65 @@ class Learner:
         """Load the initial policy and forget everything about an earlier run."""
         self.config = config
         self.model_folder = resolve(config.model.path)
-        self.policy = self._load_policy()
-        self.optimizer = make_optimizer(config.optimizer, self.policy)
         self.strategy = config.strategy
+        self.critic: CriticModel | None = None
+        self.policy = self._load_policy()
+        self.optimizer = make_optimizer(config.optimizer, self.policy_parameters, self.critic_parameters, config.critic)
         self.reference_head: Tensor | None = None
         self.num_updates = 0  # optimiser steps attempted: drives the learning-rate schedule
         self.skipped_in_a_row = 0
         self._export_digests: dict[str, str] = {}
 
     def _load_policy(self) -> Policy:
-        model = load_model(
-            self.model_folder, dtype=torch.float32, trust_remote_code=self.config.model.trust_remote_code
-        )  # master weights
+        """The policy with float32 master weights, and the critic, on the policy's layers or on a copy of them."""
+        critic = self.config.critic
+        model = self._load_model()
+        heads = None
+        if isinstance(critic, TrainedCritic):
+            heads = ValueHeads(model.config.hidden_size, critic.num_heads, seed=self.config.seed)
+            if critic.backbone is Backbone.own:
+                self.critic, heads = CriticModel(self._load_model(), heads).to(self.device), None
+                self._shard(self.critic, self.critic.decoder.layers)
+        shared = isinstance(critic, TrainedCritic) and critic.backbone is Backbone.shared
+        policy = Policy(model, value_heads=heads, values_train_layers=shared).to(self.device)
+        self._shard(policy, model.get_decoder().layers)
+        return policy
+
+    def _load_model(self) -> PreTrainedModel:
+        model = load_model(self.model_folder, dtype=torch.float32, trust_remote_code=self.config.model.trust_remote_code)
         model.requires_grad_(True)
-        policy = Policy(model).to(self.device)
+        if self.config.learner.activation_checkpointing:
+            # Around forward and not as a wrapping module, which would rename every parameter.
+            for layer in cast(nn.ModuleList, model.get_decoder().layers):
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        return model
+
+    def _shard(self, module: nn.Module, layers: object) -> None:
+        """FSDP2, by layer where there are several ranks."""
         # bfloat16 is FSDP's mixed precision, as the engine runs it: parameters are cast once a forward, masters stay float32.
         bf16 = self.config.model.dtype is Dtype.bfloat16
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
-        layers = cast(nn.ModuleList, model.get_decoder().layers)
-        if self.config.learner.activation_checkpointing:
-            # Around forward and not as a wrapping module, which would rename every parameter.
-            for layer in layers:
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.rank.count,))
         if self.rank.count > 1:
-            for layer in layers:
+            for layer in cast(nn.ModuleList, layers):
                 fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
         # Losses are shares of a global mean, so ranks are summed; FSDP would average. The plain sum, because gloo has no other.
-        for module in policy.modules():
-            if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)
-                module.set_gradient_divide_factor(1.0)
-        return policy
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.set_force_sum_reduction_for_comms(True)
+                part.set_gradient_divide_factor(1.0)
+
+    @property
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """What the objective trains."""
+        return [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
+
+    @property
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What the value loss alone trains."""
+        module = self.critic if self.critic is not None else self.policy.value_heads
+        return [] if module is None else list(module.parameters())
 
     # --- learning -----------------------------------------------------------------------------------------------------
 
@@ -109,17 +140,19 @@ class Learner:
         optimizer_settings = self.config.optimizer
         total_updates = self.config.num_steps * self.config.optimizer_steps_per_step
         rate = learning_rate(optimizer_settings, self.num_updates, total_updates)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizer.param_groups[0]["lr"] = rate  # the critic's is constant
         self.optimizer.zero_grad(set_to_none=True)
         parts = [
             self._backward(part, layout, denominators, divergence_coef, entropy_coef)
             for _, part, layout in self._microbatches(batch)
         ]
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), optimizer_settings.max_grad_norm)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if self.num_updates < getattr(self.config.critic, "warmup_steps", 0):
+            for parameter in self.policy_parameters:
+                parameter.grad = None  # the critic learns alone: an optimiser passes over what has no gradient
+        grad_norm = clip_gradients(self.policy_parameters, optimizer_settings.max_grad_norm)
+        critic_norm = clip_gradients(self.critic_parameters, optimizer_settings.max_grad_norm)
         metrics = merge(parts)
-        finite = math.isfinite(grad_norm)
+        finite = math.isfinite(grad_norm) and math.isfinite(critic_norm)
         self.num_updates += 1
         if finite:
             self.optimizer.step()
@@ -128,6 +161,8 @@ class Learner:
             self.skipped_in_a_row += 1
         self.optimizer.zero_grad(set_to_none=True)
         metrics["policy/grad_norm"] = Mean(grad_norm if finite else 0.0, 1.0 if finite else 0.0)
+        if self.critic_parameters:
+            metrics["critic/grad_norm"] = Mean(critic_norm if finite else 0.0, 1.0 if finite else 0.0)
         metrics["policy/skipped_steps"] = Sum(0.0 if finite else 1.0)
         metrics["policy/learning_rate"] = Last(rate)
         if self.skipped_in_a_row >= self.config.learner.max_skipped_steps:
@@ -166,6 +201,7 @@ class Learner:
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         entropy = None if statistics.entropy is None else scatter(statistics.entropy, batch)
         exact = None if statistics.divergence is None else scatter(statistics.divergence, batch)
+        values = self._values(batch, layout, statistics)
         step = self.strategy.terms(
             logprobs=logprobs,
             old_logprobs=old_logprobs,
@@ -178,6 +214,9 @@ class Learner:
             entropy=entropy,
             exact_divergence=exact,
             rewards=batch.rewards,
+            values=values,
+            old_values=batch.old_values,
+            returns=batch.returns,
             weights=correction_of(batch),
         )
         loss = logprobs.new_zeros(())
@@ -187,16 +226,21 @@ class Learner:
             loss = loss + term.coef * share
             shares[f"{term.name}/loss"] = Sum(float(share.detach()))
         if not batch.num_rows:
-            loss = loss + statistics.logprobs.sum()  # keeps the graph, so that this rank takes part in the reduction
+            # Keeps the graph, so that this rank takes part in the reduction.
+            loss = loss + statistics.logprobs.sum() + (0.0 if values is None else values.sum())
         loss.backward()
         with torch.no_grad():
-            return shares | token_metrics(
-                batch,
-                logprobs=logprobs.detach(),
-                old_logprobs=old_logprobs,
-                clipped=step.surrogate.clipped,
-                entropy=None if entropy is None else entropy.detach(),
-                exact_divergence=None if exact is None else exact.detach(),
+            return (
+                shares
+                | value_metrics(self.config.critic, batch, values)
+                | token_metrics(
+                    batch,
+                    logprobs=logprobs.detach(),
+                    old_logprobs=old_logprobs,
+                    clipped=step.surrogate.clipped,
+                    entropy=None if entropy is None else entropy.detach(),
+                    exact_divergence=None if exact is None else exact.detach(),
+                )
             )
 
     def logprobs(self, batch: TrainBatch) -> Tensor:
@@ -209,6 +253,31 @@ class Learner:
                     out[row, : values.shape[1]] = values[index]
         return out
 
+    def values(self, batch: TrainBatch) -> Tensor:
+        """The critic's values [B, T] of the states before this rank's tokens, 0 on padding."""
+        out = torch.zeros(batch.response_mask.shape)
+        with self._inference():
+            for rows, part, layout in self._microbatches(batch):
+                statistics = None if self.critic is not None else self._forward(part, layout, gradient=False)
+                found = self._values(part, layout, statistics)
+                assert found is not None  # nobody asks without a critic
+                for index, row in enumerate(rows):
+                    out[row, : found.shape[1]] = found[index]
+        return out
+
+    def _values(self, batch: TrainBatch, layout: Layout, statistics: PolicyOutput | None) -> Tensor | None:
+        """[B, T]; `statistics` holds them where the critic is on the policy's layers."""
+        settings = self.config.critic
+        if not isinstance(settings, TrainedCritic):
+            return None
+        if self.critic is not None:
+            heads = self.critic(layout.to(self.device))
+        else:
+            assert statistics is not None
+            assert statistics.value_heads is not None
+            heads = statistics.value_heads
+        return scatter(settings.value(heads), batch)
+
     def set_reference_head(self, head: np.ndarray) -> None:
         """The reference's output head [V, H], for exact divergences from its hidden states."""
         self.reference_head = torch.from_numpy(head.copy()).to(self.device)
@@ -219,9 +288,11 @@ class Learner:
         them, and whoever reads parameters next must see the sharded float32 masters."""
         with torch.no_grad():
             yield
-        self.policy.reshard()  # pyright: ignore[reportCallIssue]  # fully_shard made it an FSDPModule
+        for module in (self.policy, self.critic):
+            if module is not None:
+                module.reshard()  # pyright: ignore[reportCallIssue]  # fully_shard made it an FSDPModule
 
-    def _forward(self, batch: TrainBatch, layout: Layout, *, gradient: bool) -> TokenStatistics:
+    def _forward(self, batch: TrainBatch, layout: Layout, *, gradient: bool) -> PolicyOutput:
         """Statistics of the batch's response tokens; entropy is always measured when learning, and only then has a cost."""
         config = self.config
         divergence = reference = None
@@ -346,7 +417,7 @@ class Learner:
         """
         counters = json.loads((Path(folder) / "state" / "learner.json").read_text(encoding="utf-8"))
         self.num_updates, self.skipped_in_a_row = counters["num_updates"], counters["skipped_in_a_row"]
-        parameters = dict(self.policy.model.named_parameters())
+        parameters = dict(self._named_parameters())
         with ExitStack() as stack, torch.no_grad():
             shards = [stack.enter_context(safe_open(file, "pt")) for file in shard_files(folder)]
             for key in shards[0].keys():  # noqa: SIM118  safe_open has no iterator
@@ -366,13 +437,29 @@ class Learner:
                 else:
                     self.optimizer.state[parameter][kind] = value
 
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Of the policy under their checkpoint names, and of the critic."""
+        yield from self.policy.model.named_parameters()
+        for module in (self.policy.value_heads, self.critic):
+            if module is not None:
+                yield from ((f"critic.{name}", parameter) for name, parameter in module.named_parameters())
+
     def _state_tensors(self) -> dict[str, Tensor]:
         """Name -> tensor of all that learning changes: `parameter.<name>`, and `<state>.<name>` for the optimiser's state."""
         tensors: dict[str, Tensor] = {}
-        for name, parameter in self.policy.model.named_parameters():
+        for name, parameter in self._named_parameters():
             tensors[f"parameter.{name}"] = parameter.detach()
             tensors |= {f"{kind}.{name}": value for kind, value in self.optimizer.state.get(parameter, {}).items()}
         return tensors
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Their norm before; 0 where nothing has a gradient."""
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    if not with_gradient:
+        return 0.0
+    norm = torch.nn.utils.clip_grad_norm_(with_gradient, max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def move(policy: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -424,17 +511,18 @@ def correction_of(batch: TrainBatch) -> Weights | None:
     return Weights(weight=batch.policy_weight, keep=batch.policy_mask)
 
 
-def make_optimizer(settings: Optimizer, policy: Policy) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+def make_optimizer(
+    settings: Optimizer, policy: list[nn.Parameter], critic: list[nn.Parameter], critic_settings: Critic
+) -> torch.optim.Optimizer:
+    """The policy's parameters are its first group, and a critic's its second, with a learning rate of their own."""
+    groups: list[dict] = [{"params": policy, "lr": settings.learning_rate}]
+    if isinstance(critic_settings, TrainedCritic):
+        groups.append({"params": critic, "lr": critic_settings.learning_rate})
     if isinstance(settings, AdamW):
         return torch.optim.AdamW(
-            parameters,
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
+            groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay
         )
-    return torch.optim.SGD(parameters, lr=settings.learning_rate)
+    return torch.optim.SGD(groups)
 
 
 def learning_rate(settings: Optimizer, update: int, total_updates: int) -> float:
@@ -494,3 +582,18 @@ def token_metrics(
     if exact_divergence is not None:
         metrics["divergence/exact"] = mean(exact_divergence)
     return metrics
+
+
+def value_metrics(critic: Critic, batch: TrainBatch, values: Tensor | None) -> dict[str, Metric]:
+    """How well the critic foresees returns; values [B, T]."""
+    if not isinstance(critic, TrainedCritic) or values is None or batch.returns is None or batch.old_values is None:
+        return {}
+    mask, count = batch.response_mask, float(batch.response_mask.sum())
+    given = {"values": values.detach(), "returns": batch.returns, "response_mask": mask}
+    clipped = critic.vf_clipped(old_values=batch.old_values, **given)
+    return {
+        "critic/explained_variance": ExplainedVariance.of(**given),
+        "critic/vf_clipfrac": Mean(float(clipped.sum()), count),
+        "critic/value_mean": Mean(float(values.detach()[mask].sum()), count),
+        "critic/return_mean": Mean(float(batch.returns[mask].sum()), count),
+    }

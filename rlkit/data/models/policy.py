@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -26,6 +26,21 @@ class ReferenceStates:
     head: Tensor  # [V, H]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyOutput(TokenStatistics):
+    """Statistics of the response tokens, and what a critic's heads on the policy's own layers say."""
+
+    value_heads: Tensor | None = None  # [n, num_heads]
+
+
+def hidden_before_responses(decoder: nn.Module, layout: Layout) -> Tensor:
+    """[n, H]: the last hidden state before each response token."""
+    hidden = decoder(
+        input_ids=layout.input_ids, position_ids=layout.position_ids, attention_mask=layout.mask, use_cache=False
+    ).last_hidden_state  # [R, S, H]
+    return hidden.flatten(0, 1)[layout.predicts]
+
+
 class Policy(nn.Module):
     """A language model as the learner and the scorer see it.
 
@@ -33,9 +48,12 @@ class Policy(nn.Module):
     `forward`, because that is where FSDP has the parameters gathered.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, *, value_heads: nn.Module | None = None, values_train_layers: bool = False):
+        """`value_heads`: a critic's, on the policy's layers, which its loss trains too or leaves alone."""
         super().__init__()
         self.model = model
+        self.value_heads = value_heads
+        self._values_train_layers = values_train_layers
 
     @property
     def vocab_size(self) -> int:
@@ -73,15 +91,16 @@ class Policy(nn.Module):
         entropy_gradient: bool = True,
         divergence: ExactDivergence | None = None,
         reference: ReferenceStates | None = None,
-    ) -> TokenStatistics:
+    ) -> PolicyOutput:
         """Statistics of the layout's n response tokens, sample by sample.
 
         Args:
             temperature, chunk_tokens, with_entropy, entropy_gradient, divergence: as in `token_statistics`.
         """
         head = self.head
-        return token_statistics(
-            self._hidden(layout),
+        hidden = self._hidden(layout)
+        statistics = token_statistics(
+            hidden,
             head.weight,
             layout.targets,
             temperature=temperature,
@@ -93,6 +112,10 @@ class Policy(nn.Module):
             ref_head=None if reference is None else reference.head,
             head_bias=head.bias,
         )
+        value_heads = None
+        if self.value_heads is not None:
+            value_heads = self.value_heads(hidden if self._values_train_layers else hidden.detach())
+        return PolicyOutput(**{each.name: getattr(statistics, each.name) for each in fields(statistics)}, value_heads=value_heads)
 
     @torch.no_grad()
     def hidden_states(self, layout: Layout) -> Tensor:
@@ -100,10 +123,7 @@ class Policy(nn.Module):
         return self._hidden(layout)
 
     def _hidden(self, layout: Layout) -> Tensor:
-        hidden = self._decoder()(
-            input_ids=layout.input_ids, position_ids=layout.position_ids, attention_mask=layout.mask, use_cache=False
-        ).last_hidden_state  # [R, S, H]
-        return hidden.flatten(0, 1)[layout.predicts]
+        return hidden_before_responses(self._decoder(), layout)
 
     @contextmanager
     def capturing(self, outputs: dict[str, np.ndarray]) -> Iterator[None]:
