@@ -63,6 +63,7 @@ from rlkit.settings import (
     TransformersEngine,
     VllmEngine,
     WandbTracking,
+    WeightTransport,
 )
 from rlkit.types import SamplingSpec
 
@@ -438,6 +439,7 @@ def _worker_problems(config: RunConfig) -> Iterator[str]:
                 f"which are {config.rollout.num_devices}. Write rollout.num_engines={learner.num_ranks} or "
                 "cluster.placement=separate."
             )
+    yield from _transport_problems(config)
     if isinstance(config.cluster, InProcess):
         why = "cluster=inprocess runs every worker in this process"
         if isinstance(config.rollout, VllmEngine):
@@ -448,6 +450,31 @@ def _worker_problems(config: RunConfig) -> Iterator[str]:
             yield (
                 f"rollout.num_engines={config.rollout.num_engines}: {why}, one after the other. "
                 "Write rollout.num_engines=1 or cluster=local."
+            )
+
+
+def _transport_problems(config: RunConfig) -> Iterator[str]:
+    """Where weights can go from GPU to GPU. Whether there are GPUs, only the workers know."""
+    rollout = config.rollout
+    if not isinstance(rollout, VllmEngine):
+        return
+    key, ranks, devices = f"rollout.weight_transport={rollout.weight_transport.name}", config.learner.num_ranks, rollout.num_devices
+    match rollout.weight_transport, config.placement:
+        case WeightTransport.nccl, Placement.colocated:
+            yield (
+                f"{key}: NCCL takes a device into a communicator once, and with cluster.placement=colocated learner and engine "
+                "share it. Write rollout.weight_transport=ipc or host, or cluster.placement=separate."
+            )
+        case WeightTransport.ipc, Placement.separate:
+            yield (
+                f"{key}: it hands memory of a device to another process on the same device, and with cluster.placement=separate "
+                "learner and engines have devices of their own. Write rollout.weight_transport=nccl or host, or "
+                "cluster.placement=colocated."
+            )
+        case WeightTransport.ipc, Placement.colocated if ranks != devices:
+            yield (
+                f"{key}: every device of an engine needs a learner rank that hands it the weights; there are {devices} devices and "
+                f"learner.num_ranks={ranks}. Write learner.num_ranks={devices} or rollout.weight_transport=host."
             )
 
 
