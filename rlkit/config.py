@@ -88,6 +88,7 @@ from rlkit.settings import (
     TransformersEngine,
     VllmEngine,
     WandbTracking,
+    WeightTransport,
 )
 from rlkit.types import SamplingSpec
 
@@ -500,12 +501,6 @@ def _worker_problems(config: RunConfig) -> Iterator[str]:
             f"learner.tokens_per_microbatch={learner.tokens_per_microbatch}: one response with its prompt can have {room} tokens "
             f"(max_prompt_tokens + max_response_tokens). Write {room} or more."
         )
-    rollout = config.rollout
-    if choice_of("rollout", rollout) == "vllm" and rollout.devices_per_engine > 1:
-        yield (
-            f"rollout.tensor_parallel_size={rollout.devices_per_engine}: with rollout=vllm the model is in the actor's own "
-            "process. Write rollout=vllm_async, whose workers are processes of their own, or rollout.tensor_parallel_size=1."
-        )
     if config.placement is Placement.colocated:
         if config.max_staleness > 0:
             yield (
@@ -518,6 +513,7 @@ def _worker_problems(config: RunConfig) -> Iterator[str]:
                 f"which are {config.rollout.num_devices}. Write rollout.num_engines={learner.num_ranks} or "
                 "cluster.placement=separate."
             )
+    yield from _transport_problems(config)
     if isinstance(config.cluster, InProcess):
         why = "cluster=inprocess runs every worker in this process"
         if isinstance(config.rollout, VllmEngine):
@@ -529,6 +525,42 @@ def _worker_problems(config: RunConfig) -> Iterator[str]:
             yield (
                 f"rollout.num_engines={config.rollout.num_engines}: {why}, one after the other. "
                 "Write rollout.num_engines=1 or cluster=local."
+            )
+
+
+def _transport_problems(config: RunConfig) -> Iterator[str]:
+    """Where weights can go from GPU to GPU. Whether there are GPUs, only the workers know."""
+    rollout = config.rollout
+    if not isinstance(rollout, VllmEngine):
+        return
+    key, ranks, devices = f"rollout.weight_transport={rollout.weight_transport.name}", config.learner.num_ranks, rollout.num_devices
+    is_host, has_own_process = rollout.weight_transport is WeightTransport.host, isinstance(rollout, AsyncVllmEngine)
+    if is_host and rollout.devices_per_engine > 1 and not has_own_process:
+        yield (
+            f"rollout.tensor_parallel_size={rollout.devices_per_engine}: with rollout=vllm weights go to the engine's actor, and "
+            "its workers are other processes. Write rollout=vllm_async, or on GPUs rollout.weight_transport=nccl."
+        )
+    if has_own_process and not is_host:
+        yield (
+            f"{key}: with rollout=vllm_async weights go through shared memory. Write rollout.weight_transport=host, or "
+            "rollout=vllm."
+        )
+    match rollout.weight_transport, config.placement:
+        case WeightTransport.nccl, Placement.colocated:
+            yield (
+                f"{key}: NCCL takes a device into a communicator once, and with cluster.placement=colocated learner and engine "
+                "share it. Write rollout.weight_transport=ipc or host, or cluster.placement=separate."
+            )
+        case WeightTransport.ipc, Placement.separate:
+            yield (
+                f"{key}: it hands memory of a device to another process on the same device, and with cluster.placement=separate "
+                "learner and engines have devices of their own. Write rollout.weight_transport=nccl or host, or "
+                "cluster.placement=colocated."
+            )
+        case WeightTransport.ipc, Placement.colocated if ranks != devices:
+            yield (
+                f"{key}: every device of an engine needs a learner rank that hands it the weights; there are {devices} devices and "
+                f"learner.num_ranks={ranks}. Write learner.num_ranks={devices} or rollout.weight_transport=host."
             )
 
 

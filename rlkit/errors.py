@@ -30,6 +30,11 @@ class WorkerError(RlkitError):
 
     exit_code = 4
 
+    def __init__(self, message: str, *, worker: str = ""):
+        """`worker`: whose failure it is, where the message says so; it is said once, by whoever hears of it first."""
+        super().__init__(message)
+        self.worker = worker
+
 
 class SyncError(WorkerError):
     """An engine does not hold the learner's weights after a sync."""

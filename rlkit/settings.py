@@ -51,6 +51,14 @@ class Placement(Enum):
     colocated = "colocated"  # engines and learner use the same ones by turns
 
 
+class WeightTransport(Enum):
+    """How the learner's weights reach the engines after every step."""
+
+    host = "host"  # over host memory: on every machine, and every byte is digested
+    nccl = "nccl"  # broadcast from the learner's GPU to the engines' own
+    ipc = "ipc"  # within the GPUs that engines and learner share
+
+
 class Schedule(Enum):
     """Learning rate after warm-up."""
 
@@ -215,6 +223,7 @@ class VllmEngine(RolloutEngine):
     kv_cache_mib: int = 512
     enforce_eager: bool = True  # False compiles the model: minutes to start, faster on long runs
     tensor_parallel_size: int = 1  # devices, or on a CPU processes, that share each engine's model
+    weight_transport: WeightTransport = WeightTransport.host  # nccl, ipc: from GPU to GPU; not run on a GPU yet
 
     @property
     def devices_per_engine(self) -> int:

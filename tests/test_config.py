@@ -216,6 +216,21 @@ def test_all_problems_come_in_one_report():
         ("cluster=inprocess", "rollout=vllm: ", "Write rollout=transformers or cluster=local."),
         ("cluster=inprocess rollout=transformers learner.num_ranks=2", "learner.num_ranks=2: ", "Write learner.num_ranks=1"),
         ("cluster=inprocess rollout=transformers rollout.num_engines=2", "rollout.num_engines=2: ", "Write rollout.num_engines=1"),
+        (
+            "rollout.weight_transport=nccl cluster.placement=colocated",
+            "rollout.weight_transport=nccl: ",
+            "Write rollout.weight_transport=ipc or host, or cluster.placement=separate.",
+        ),
+        (
+            "rollout.weight_transport=ipc",
+            "rollout.weight_transport=ipc: ",
+            "Write rollout.weight_transport=nccl or host, or cluster.placement=colocated.",
+        ),
+        (
+            "rollout.weight_transport=ipc cluster.placement=colocated rollout.num_engines=2",
+            "rollout.weight_transport=ipc: every device of an engine needs a learner rank",
+            "Write learner.num_ranks=2 or rollout.weight_transport=host.",
+        ),
         ("reward.fn=my_reward.py:exact", "reward.fn=my_reward.py:exact: there is no file my_reward.py", "Check its spelling."),
         ("reward.fn=my_rewards.py:", "reward.fn=my_rewards.py:: '' is no function's name.", "Write reward.fn=my_rewards.py:my_"),
         ("data=jsonl data.path=row.jsonl reward.fn=exact_match", "data.path=row.jsonl: no such file", "Check its spelling."),

@@ -101,17 +101,19 @@ class RayPending:
             return ray.get(self.ref, timeout=deadline_s)
         except GetTimeoutError:
             self._handle.kill()
-            raise WorkerError(f"{name} did not finish {self._method} within {deadline_s:.0f} s and was killed.") from None
+            message = f"{name} did not finish {self._method} within {deadline_s:.0f} s and was killed."
+            raise WorkerError(message, worker=name) from None
         except RayActorError as error:
             self._handle.is_alive = False
-            raise WorkerError(f"{name} died during {self._method}: {cause_of_death(error)}") from error
+            raise WorkerError(f"{name} died during {self._method}: {cause_of_death(error)}", worker=name) from error
         except RayTaskError as error:
             cause = error.cause
-            if isinstance(cause, WorkerError):
-                raise type(cause)(f"{name}: {cause}") from None
+            if isinstance(cause, WorkerError) and not cause.worker:
+                raise type(cause)(f"{name}: {cause}", worker=name) from None
             if isinstance(cause, RlkitError):
                 raise cause from None
-            raise WorkerError(f"{name} failed in {self._method}: {type(cause).__name__}: {first_line(cause)}") from error
+            message = f"{name} failed in {self._method}: {type(cause).__name__}: {first_line(cause)}"
+            raise WorkerError(message, worker=name) from error
 
 
 class RayHandle:

@@ -21,12 +21,13 @@ from rlkit.data.collate import split_ranks
 from rlkit.data.models.loading import resolve
 from rlkit.errors import ConfigError, ResourceError
 from rlkit.metrics import merge
-from rlkit.settings import AsyncVllmEngine, Placement, TransformersEngine, VllmEngine
+from rlkit.settings import AsyncVllmEngine, Placement, TransformersEngine, VllmEngine, WeightTransport
 from rlkit.types import Completion, Rollout, SampleRequest, SamplingSpec, StepStats, TrainBatch
 from rlkit.workers.handle import Handle, Pending, Rank, wait
+from rlkit.workers.native_transfer import GRACE_S, NativeTransport
 from rlkit.workers.rollout.engine import EngineSpec
 from rlkit.workers.scorer import ScorerSpec, Scores
-from rlkit.workers.weight_sync import Manifest
+from rlkit.workers.weight_sync import HostTransport, Manifest, Transport
 
 ENGINE_CLASSES = {
     "vllm": "rlkit.workers.rollout.vllm_engine:VllmRolloutEngine",
@@ -50,7 +51,7 @@ class Engines:
         self._deadline_s = config.rollout.deadline_s
         self._receiving: list[Pending] = []  # parts of the next version on their way
         self._sync_deadline_s = START_DEADLINE_S  # of the first sync, which waits for the engines to start
-        self._handles = [
+        self.handles = [
             cluster.worker(
                 ("engine", purpose, spec, index, count),
                 f"rollout engine {index}",
@@ -61,20 +62,20 @@ class Engines:
             for index in range(count)
         ]
         self._turns = turns
-        turns.add_engines(self._handles)
+        turns.add_engines(self.handles)
         self._dispatcher = None
         if config.max_staleness and purpose == "training":
-            self._dispatcher = Dispatcher(self._handles, max_in_flight=config.rollout.max_num_seqs, deadline_s=self._deadline_s)
+            self._dispatcher = Dispatcher(self.handles, max_in_flight=config.rollout.max_num_seqs, deadline_s=self._deadline_s)
 
     def generate(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Generation | Ticket:
         """Start these samples."""
         self._turns.sample()
         if self._dispatcher is not None:
             return self._dispatcher.submit(requests, sampling)
-        bounds = [round(i * len(requests) / len(self._handles)) for i in range(len(self._handles) + 1)]
+        bounds = [round(i * len(requests) / len(self.handles)) for i in range(len(self.handles) + 1)]
         parts = [requests[low:high] for low, high in itertools.pairwise(bounds)]
         return Generation(
-            [handle.call("generate", part, sampling) for handle, part in zip(self._handles, parts, strict=True) if part],
+            [handle.call("generate", part, sampling) for handle, part in zip(self.handles, parts, strict=True) if part],
             self._deadline_s,
         )
 
@@ -90,21 +91,31 @@ class Engines:
     # What a weight sync asks of them (`weight_sync.EngineSide`).
 
     def receive(self, part: Pending) -> None:
-        self._receiving += [handle.call("receive", part) for handle in self._handles]
+        self._receiving += [handle.call("receive", part) for handle in self.handles]
 
     def commit(self, manifest: Manifest) -> None:
         receiving, self._receiving = self._receiving, []
         wait(receiving, self._sync_deadline_s)
-        wait([handle.call("commit", manifest) for handle in self._handles], self._sync_deadline_s)
+        wait([handle.call("commit", manifest) for handle in self.handles], self._sync_deadline_s)
         self._sync_deadline_s = self._deadline_s
 
     def score_each(self, sequences: Sequence[tuple[int, ...]]) -> list[list[np.ndarray]]:
         self._turns.sample()
-        return wait([handle.call("score", sequences) for handle in self._handles], self._deadline_s)
+        return wait([handle.call("score", sequences) for handle in self.handles], self._deadline_s)
 
     def layer_outputs(self, engine: int, sequence: tuple[int, ...]) -> dict[str, np.ndarray]:
         self._turns.sample()
-        return self._handles[engine].call("layer_outputs", sequence).result(self._deadline_s)
+        return self.handles[engine].call("layer_outputs", sequence).result(self._deadline_s)
+
+    # What a native transfer asks of them (`native_transfer.ReceivingEngines`).
+
+    def transfer_ranks(self) -> list[int]:
+        return wait([handle.call("transfer_ranks") for handle in self.handles], START_DEADLINE_S)
+
+    def discard(self) -> None:
+        """Whoever needs engines next starts new ones."""
+        for handle in self.handles:
+            handle.kill()
 
 
 class Generation:
@@ -127,6 +138,7 @@ class Learners:
         self._max_response_tokens = config.max_response_tokens
         self._strategy = config.strategy
         self._deadline_s = config.learner.deadline_s
+        self._transfer_deadline_s = config.rollout.deadline_s + 2 * GRACE_S
         address = cluster.meeting_point() if count > 1 else ""
         self._handles = [
             cluster.worker(
@@ -224,6 +236,23 @@ class Learners:
     def layer_outputs(self, sequence: tuple[int, ...]) -> dict[str, np.ndarray]:
         return self._all("layer_outputs", sequence)[0]
 
+    # What a native transfer asks of it (`native_transfer.SendingLearner`).
+
+    def open_transfer(self, kind: str, engines: Sequence[Handle], ranks: Sequence[int]) -> None:
+        self._turns.sync()
+        # With the time that a first call may take: the learner has to import vLLM.
+        pending = [handle.call("open_transfer", kind, engines, ranks) for handle in self._handles]
+        wait(pending, START_DEADLINE_S + self._transfer_deadline_s)
+
+    def send_weights(self, version: int) -> None:
+        self._turns.sync()
+        wait([handle.call("send_weights", version) for handle in self._handles], self._transfer_deadline_s)
+
+    def discard(self) -> None:
+        """Whoever needs a learner next starts a new one."""
+        for handle in self._handles:
+            handle.kill()
+
     def _all(self, method: str, *args) -> list:
         self._turns.learn()
         return wait([handle.call(method, *args) for handle in self._handles], self._deadline_s)
@@ -255,6 +284,14 @@ class ReferenceScorer:
         return self._handle.call("head").result(START_DEADLINE_S)
 
 
+def weight_transport(config: RunConfig, learner: Learners, engines: Engines) -> Transport:
+    """The one that `rollout.weight_transport` names."""
+    rollout = config.rollout
+    if not isinstance(rollout, VllmEngine) or rollout.weight_transport is WeightTransport.host:
+        return HostTransport(learner, engines)
+    return NativeTransport(learner, engines, kind=rollout.weight_transport.value)
+
+
 def engine_spec(config: RunConfig) -> EngineSpec:
     rollout = config.rollout
     common = {
@@ -272,6 +309,7 @@ def engine_spec(config: RunConfig) -> EngineSpec:
             shares_device=config.placement is Placement.colocated,
             device_share=engine_seat(config, 0).device_share,
             tensor_parallel_size=rollout.tensor_parallel_size,
+            weight_transport=rollout.weight_transport.value,
             **common,
         )
     if isinstance(rollout, TransformersEngine):

@@ -37,6 +37,9 @@ class LocalHandle:
         values = [arg.value if isinstance(arg, Done) else arg for arg in args]
         return Done(getattr(self._worker, method)(*values, **kwargs))
 
+    def kill(self) -> None:
+        """A worker here is never in the middle of a call when somebody else is not."""
+
 
 class InProcessCluster:
     """Implements `Cluster`."""

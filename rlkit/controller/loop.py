@@ -18,7 +18,7 @@ from rlkit.controller.clock import Clock
 from rlkit.controller.cluster import Cluster
 from rlkit.controller.evaluate import Evaluation, evaluate, gain
 from rlkit.controller.filtering import rollout_metrics, trainable
-from rlkit.controller.fleet import Engines, Learners, ReferenceScorer
+from rlkit.controller.fleet import Engines, Learners, ReferenceScorer, weight_transport
 from rlkit.controller.lookahead import Lookahead
 from rlkit.controller.preemption import Preemption, StopRequested
 from rlkit.controller.preparation import correct, shaped_rewards, with_effective_sample_size
@@ -35,7 +35,7 @@ from rlkit.errors import ConfigError, Preempted, ResourceError, WorkerError
 from rlkit.metrics import Metric, merge, values
 from rlkit.settings import HeldOut, Placement
 from rlkit.types import Rollout, SamplingSpec, TrainBatch
-from rlkit.workers.weight_sync import TOLERANCES, SyncReport, sync_weights
+from rlkit.workers.weight_sync import TOLERANCES, SyncReport, Transport, sync_weights
 
 MAX_FAILED_SAVES = 2  # in a row
 
@@ -108,6 +108,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             tracker=tracker,
             engines=engines,
             learner=learner,
+            transport=weight_transport(config, learner, engines),
             reference=start_reference(config, cluster, learner),
             sampler=sampler,
             ahead=ahead,
@@ -160,6 +161,7 @@ class Run:
     tracker: Tracker
     engines: Engines
     learner: Learners
+    transport: Transport
     reference: ReferenceScorer | None
     sampler: Sampler
     ahead: Lookahead
@@ -287,6 +289,7 @@ class Run:
                 version=self.progress.step,
                 probes=self.probes(),
                 tolerance=TOLERANCES[self.config.model.dtype.value],
+                transport=self.transport,
             )
 
     def probes(self) -> list[tuple[int, ...]]:

@@ -35,6 +35,10 @@ class Handle(Protocol):
         worker without passing through the controller."""
         ...
 
+    def kill(self) -> None:
+        """End the worker, whatever it is doing. Nothing is to be asked of it afterwards."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rank:

@@ -33,13 +33,16 @@ from rlkit.data.models.loading import copy_tokenizer_files, load_model, resolve
 from rlkit.data.models.policy import Policy, PolicyOutput, ReferenceStates
 from rlkit.errors import DataError, NumericalError, ResourceError
 from rlkit.metrics import Last, Max, Mean, Metric, Min, Sum, merge
-from rlkit.settings import AdamW, Dtype, Optimizer, Schedule
+from rlkit.settings import AdamW, Dtype, Optimizer, Schedule, VllmEngine, WeightTransport
 from rlkit.types import StepStats, TrainBatch
-from rlkit.workers.handle import Rank
+from rlkit.workers.handle import Handle, Rank
+from rlkit.workers.native_transfer import check_device
 from rlkit.workers.weight_sync import Manifest, WeightPart, digests, layer_groups, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from rlkit.workers.rollout.vllm_transfer import Sender
 
 
 class Learner:
@@ -57,10 +60,14 @@ class Learner:
                 host, _, port = rank.address.rpartition(":")
                 store = dist.TCPStore(host, int(port), is_master=False)  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=rank.index, world_size=rank.count, timeout=timedelta(minutes=10))
+        self._sender: Sender | None = None
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
     def begin(self, config: RunConfig) -> None:
-        """Load the initial policy and forget everything about an earlier run."""
+        """Load the initial policy and forget everything about an earlier run. Raises ResourceError without a GPU that it needs."""
+        rollout = config.rollout
+        if isinstance(rollout, VllmEngine) and rollout.weight_transport is not WeightTransport.host:
+            check_device(rollout.weight_transport.name, f"learner rank {self.rank.index}", is_gpu=self.device.type == "cuda")
         self.config = config
         self.model_folder = resolve(config.model.path)
         self.strategy = config.strategy
@@ -71,6 +78,7 @@ class Learner:
         self.num_updates = 0  # optimiser steps attempted: drives the learning-rate schedule
         self.skipped_in_a_row = 0
         self._export_digests: dict[str, str] = {}
+        self._close_transfer()
 
     def _load_policy(self) -> Policy:
         """The policy with float32 master weights, and the critic, on the policy's layers or on a copy of them."""
@@ -364,6 +372,30 @@ class Learner:
     def manifest(self, version: int) -> Manifest:
         """Digests of what `export_part` sent since part 0."""
         return Manifest(version=version, digests=dict(self._export_digests))
+
+    def open_transfer(self, kind: str, engines: Sequence[Handle], ranks: Sequence[int]) -> None:
+        """Meet the engines, of which each receives with so many `ranks`, for `send_weights`.
+
+        All ranks take part in gathering; rank 0 sends and drives the engines, within `rollout.deadline_s`.
+        """
+        from rlkit.workers.rollout.vllm_transfer import PolicySource, Sender
+
+        self._close_transfer()
+        source = PolicySource(
+            self._groups(), lambda: dict(self.policy.model.named_parameters()), getattr(torch, self.config.model.dtype.value)
+        )
+        deadline_s = self.config.rollout.deadline_s
+        self._sender = Sender(kind, source, self.rank, self.device, engines=engines, ranks=ranks, deadline_s=deadline_s)
+
+    def send_weights(self, version: int) -> None:
+        """The weights from this learner's GPUs to the engines', which serve them as `version` afterwards."""
+        assert self._sender is not None, "open_transfer comes first"
+        self._sender.send(version)
+
+    def _close_transfer(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = None
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
         """Log-probs [len - 1] of each sequence's tokens given their prefixes, at temperature 1."""

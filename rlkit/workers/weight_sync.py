@@ -7,6 +7,9 @@ Two checks run after every sync, and a third names the culprit when one of them 
 (b) behaviour: the engine's log-probs of probe sequences are the learner's. Catches what bytes cannot show: a tensor that
     arrived but did not reach the computation, such as a repacked copy of a tied output head.
 (c) on failure, the outputs of every layer on a probe, compared in order: the first that differs is where to look.
+
+How the weights travel is a `Transport`. (a) is as it says over host memory. The native transports (`native_transfer.py`) digest no
+bytes: names, shapes and dtypes are checked before anything is sent, and (b) after.
 """
 
 from __future__ import annotations
@@ -140,12 +143,34 @@ class LearnerSide(Protocol):
 
 
 class EngineSide(Protocol):
-    """What `sync_weights` asks of all engines together."""
+    """What it asks of all engines together."""
 
     def receive(self, part: Any) -> None: ...
     def commit(self, manifest: Manifest) -> None: ...
     def score_each(self, sequences: Sequence[tuple[int, ...]]) -> list[list[np.ndarray]]: ...
     def layer_outputs(self, engine: int, sequence: tuple[int, ...]) -> dict[str, np.ndarray]: ...
+
+
+class Transport(Protocol):
+    """How weights travel from the learner to the engines."""
+
+    def send(self, version: int) -> None:
+        """Afterwards every engine serves what it got as `version`. Check (a) is the engine's own: raises SyncError where it fails,
+        and WorkerError where a component does."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostTransport:
+    """Implements `Transport` over host memory, one layer group at a time. It works everywhere, and every byte is digested."""
+
+    learner: LearnerSide
+    engines: EngineSide
+
+    def send(self, version: int) -> None:
+        for index in range(self.learner.num_parts()):
+            self.engines.receive(self.learner.export_part(index, version))
+        self.engines.commit(self.learner.manifest(version))
 
 
 def sync_weights(
@@ -155,14 +180,16 @@ def sync_weights(
     version: int,
     probes: Sequence[tuple[int, ...]],
     tolerance: Tolerance,
+    transport: Transport | None = None,
 ) -> SyncReport:
-    """Bring every engine to the learner's weights, and prove it. Raises SyncError naming what differs."""
+    """Bring every engine to the learner's weights, and prove it. Raises SyncError naming what differs.
+
+    `transport`: over host memory when it is not given.
+    """
     began = time.monotonic()
     expected = learner.score(probes)  # before the transfer: by turns on one device, it is the engine's turn after it
     start = time.monotonic()
-    for index in range(learner.num_parts()):
-        engines.receive(learner.export_part(index, version))
-    engines.commit(learner.manifest(version))  # check (a) is the engine's own
+    (transport or HostTransport(learner, engines)).send(version)
     sent = time.monotonic()
     max_abs, mean_exp_abs = check_behaviour(
         learner, engines, version=version, probes=probes, tolerance=tolerance, expected=expected

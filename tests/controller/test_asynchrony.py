@@ -208,6 +208,9 @@ class Scripted:
         self.calls.append(method)
         return self
 
+    def kill(self):
+        raise AssertionError("nobody kills an engine that failed by itself")
+
     def is_done(self):
         return self.may_go_on.is_set()
 

@@ -19,7 +19,12 @@ class Device:
     held: set[str] = field(default_factory=set)
 
 
-class FakeEngine:
+class Fake:
+    def kill(self) -> None:
+        raise AssertionError("turns kill nobody")
+
+
+class FakeEngine(Fake):
     """As strict as vLLM is: what is awake in part cannot be put to sleep, and what is awake cannot be woken."""
 
     name = "rollout engine 0"
@@ -42,7 +47,7 @@ class FakeEngine:
         return Done(None)
 
 
-class FakeLearner:
+class FakeLearner(Fake):
     name = "learner rank 0"
 
     def __init__(self, device: Device):

@@ -30,6 +30,7 @@ class EngineSpec:
     shares_device: bool = False  # with a learner, by turns: it must be able to sleep
     device_share: float = 1.0  # of each device, where there are any
     tensor_parallel_size: int = 1
+    weight_transport: str = "host"  # or one of vLLM's back ends
 
 
 class Engine(Protocol):
@@ -78,7 +79,12 @@ class Engine(Protocol):
 
 
 def checkpoint_names(model_path: str) -> frozenset[str]:
-    """Names of the tensors that a complete sync must bring, read from the model's own checkpoint.
+    """Names of the tensors that a complete sync must bring."""
+    return frozenset(checkpoint_shapes(model_path))
+
+
+def checkpoint_shapes(model_path: str) -> dict[str, tuple[int, ...]]:
+    """The tensors that a complete sync must bring, read from the model's own checkpoint.
 
     Taken from the files and not from the learner, so that a learner that forgets a tensor cannot vouch for itself. A tied
     output head is the embedding, and is expected once.
@@ -89,11 +95,11 @@ def checkpoint_names(model_path: str) -> frozenset[str]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ResourceError(f"model.path={model_path}: no *.safetensors file there. Save the model with safetensors.")
-    names: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, "pt") as handle:
-            names.update(handle.keys())
+            shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118  no iterator
     config = json.loads((folder / "config.json").read_text())
     if config.get("tie_word_embeddings", False):
-        names.discard("lm_head.weight")
-    return frozenset(names)
+        shapes.pop("lm_head.weight", None)
+    return shapes
