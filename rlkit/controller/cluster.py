@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 import socket
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,8 +31,9 @@ class Cluster(Protocol):
         """
         ...
 
-    def meeting_point(self) -> str:
-        """host:port of a store where a new group of workers finds each other, wherever they are placed. It stays until `close`."""
+    def meeting_point(self, keys: Sequence[Hashable]) -> str:
+        """host:port of a store where these workers find each other once they start, wherever they are placed; it stays until
+        `close`. Where only some of them run already, those are stopped: they could not meet the others any more."""
         ...
 
     def places(self) -> dict[str, str]:
@@ -278,10 +279,14 @@ class RayCluster:
         )
         return RayHandle(name, actor, seat)
 
-    def meeting_point(self) -> str:
+    def meeting_point(self, keys: Sequence[Hashable]) -> str:
         import ray
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # it is documented
 
+        running = [handle for key in keys if (handle := self._workers.get(key)) and handle.is_alive]
+        if len(running) < len(keys):  # these met others, who are gone
+            for handle in running:
+                handle.kill()
         host = ray.util.get_node_ip_address()
         # Here and not in a rank: where Ray will place rank 0 is not known before it starts.
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False)

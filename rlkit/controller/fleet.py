@@ -125,10 +125,11 @@ class Learners:
         count = config.learner.num_ranks
         self._max_response_tokens = config.max_response_tokens
         self._deadline_s = config.learner.deadline_s
-        address = cluster.meeting_point() if count > 1 else ""
+        keys = [("learner", index, count) for index in range(count)]
+        address = cluster.meeting_point(keys) if count > 1 else ""
         self._handles = [
             cluster.worker(
-                ("learner", index, count),
+                keys[index],
                 f"learner rank {index}",
                 "rlkit.workers.learner:Learner",
                 Rank(index=index, count=count, address=address),
