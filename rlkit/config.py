@@ -72,6 +72,7 @@ from rlkit.settings import (
     JsonlData,
     Learner,
     LocalRay,
+    LoraLearner,
     Model,
     NoEvaluation,
     Optimizer,
@@ -207,7 +208,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "shaping": {"none": NoShaping, "overlong": OverlongPenalty},
     "environment": {"single_turn": SingleTurn},
     "rollout": {"vllm": VllmEngine, "vllm_async": AsyncVllmEngine, "transformers": TransformersEngine},
-    "learner": {"fsdp": Learner},
+    "learner": {"fsdp": Learner, "lora": LoraLearner},
     "optimizer": {"adamw": AdamW, "sgd": Sgd},
     "advantage": {
         "grpo": GroupNormalized,
@@ -545,6 +546,8 @@ def _transport_problems(config: RunConfig) -> Iterator[str]:
             f"{key}: with rollout=vllm_async weights go through shared memory. Write rollout.weight_transport=host, or "
             "rollout=vllm."
         )
+    if isinstance(config.learner, LoraLearner) and not is_host:
+        yield f"{key}: it sends parameters as they are, and learner=lora sends merged ones. Write rollout.weight_transport=host."
     match rollout.weight_transport, config.placement:
         case WeightTransport.nccl, Placement.colocated:
             yield (

@@ -40,6 +40,10 @@ class SyncError(WorkerError):
     """An engine does not hold the learner's weights after a sync."""
 
 
+class EngineLostError(SyncError):
+    """An engine whose weights are half an old version and half a new one: whoever needs one must start another."""
+
+
 class RewardError(WorkerError):
     """Too many rewards failed for the run to mean anything."""
 

@@ -10,8 +10,11 @@ BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 LEARNER_BYTES = 16  # of one parameter: float32 weight, gradient and AdamW's two moments
 
 
-def schedule(config: RunConfig, num_parameters: int) -> str:
-    """Prompts, samples, tokens, updates, workers and their memory in a few lines, then every setting as YAML."""
+def schedule(config: RunConfig, num_parameters: int, num_adapter_parameters: int = 0) -> str:
+    """Prompts, samples, tokens, updates, workers and their memory in a few lines, then every setting as YAML.
+
+    `num_adapter_parameters`: where it is not 0, they are all that is trained, and the model is frozen.
+    """
     facts = [
         ("policy", f"{config.model.path}, {config.model.dtype.name}"),
         ("each step", _step(config)),
@@ -19,7 +22,7 @@ def schedule(config: RunConfig, num_parameters: int) -> str:
         ("whole run", _run(config)),
         ("evaluation", _evaluation(config)),
         ("workers", _workers(config)),
-        ("memory", _memory(config, num_parameters)),
+        ("memory", _memory(config, num_parameters, num_adapter_parameters)),
     ]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:<{width}}  {text}" for name, text in facts]
@@ -72,17 +75,19 @@ def _workers(config: RunConfig) -> str:
     return f"{', '.join(workers)}; cluster={choice_of('cluster', config.cluster)}, placement={config.placement.name}"
 
 
-def _memory(config: RunConfig, num_parameters: int) -> str:
+def _memory(config: RunConfig, num_parameters: int, num_adapter_parameters: int) -> str:
     """Of each worker, without activations, whose size depends on the model's code."""
     ranks, dtype = config.learner.num_ranks, config.model.dtype
     weights = num_parameters * BYTES[dtype]
     copy = weights if dtype is not Dtype.float32 else 0  # in the compute precision, gathered for a forward pass
-    learner = num_parameters * LEARNER_BYTES / ranks + copy + config.learner.head_memory_mib * MIB
+    trained, frozen = (num_adapter_parameters, weights) if num_adapter_parameters else (num_parameters, 0)
+    learner = (trained * LEARNER_BYTES + frozen) / ranks + copy + config.learner.head_memory_mib * MIB
     cache = getattr(config.rollout, "kv_cache_mib", 0) * MIB
     parts = [f"{_mib(weights + cache)} per engine", f"{_mib(learner)} and activations per learner rank"]
     if "ref_logprobs" in config.needs:
         parts.append(f"{_mib(weights + config.learner.head_memory_mib * MIB)} for the reference")
-    return f"about {', '.join(parts)} ({num_parameters / 1e6:,.1f} M parameters)"
+    adapters = f", and {num_adapter_parameters / 1e6:,.2f} M of adapters" if num_adapter_parameters else ""
+    return f"about {', '.join(parts)} ({num_parameters / 1e6:,.1f} M parameters{adapters})"
 
 
 def _mib(size: float) -> str:

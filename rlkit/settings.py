@@ -14,6 +14,8 @@ from omegaconf import MISSING
 
 from rlkit.errors import ConfigError
 
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output head
+
 
 def require(*checks: tuple[bool, str]):
     """Raises one ConfigError with a line for every check that failed."""
@@ -268,6 +270,30 @@ class Learner:
             (head >= 1, f"learner.head_memory_mib={head}: no room for one token's logits. Write 1 or more; 256 is usual."),
             (self.max_skipped_steps >= 1, f"learner.max_skipped_steps={self.max_skipped_steps}: write 1 or more; 3 is usual."),
             (0 < self.deadline_s < math.inf, f"learner.deadline_s={self.deadline_s}: no time to learn. Write seconds above 0."),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraLearner(Learner):
+    """Low-rank adapters on a frozen model (LoRA, arXiv:2106.09685), through PEFT; engines get them merged into the weights."""
+
+    lora_rank: int = 16  # of each adapter
+    lora_alpha: float = 32.0  # an adapter adds lora_alpha / lora_rank times its product; learns at ten times the usual rate
+    target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])  # names such as q_proj; all-linear: all in the layers
+
+    def __post_init__(self):
+        Learner.__post_init__(self)
+        rank, alpha, targets = self.lora_rank, self.lora_alpha, list(self.target_modules)
+        require(
+            (rank >= 1, f"learner.lora_rank={rank}: nothing is learnt. Write 1 or more; 16 is usual."),
+            (
+                0 < alpha < math.inf,
+                f"learner.lora_alpha={alpha}: nothing is learnt. Write a number above 0; 2 x lora_rank is usual.",
+            ),
+            (
+                bool(targets) and all(targets) and (ALL_LINEAR not in targets or len(targets) == 1),
+                f"learner.target_modules=[{','.join(targets)}]: write [{ALL_LINEAR}], or names such as [q_proj,v_proj].",
+            ),
         )
 
 

@@ -30,3 +30,9 @@ def test_the_schedule_counts_prompts_samples_tokens_updates_and_workers():
 
 def test_no_reference_where_no_strategy_needs_one():
     assert "reference;" not in schedule(compose(["evaluation=none"]), num_parameters=1)
+
+
+def test_adapters_leave_the_frozen_model_its_weights_alone():
+    text = schedule(compose(["learner=lora", "model.dtype=bfloat16", "learner.num_ranks=2"]), 40 * 2**20, 2**20)
+    # of each rank: half of 2 bytes a parameter, half of 16 bytes for each of the adapters', all weights gathered, 256 MiB of logits
+    assert "384 MiB and activations per learner rank (41.9 M parameters, and 1.05 M of adapters)" in text  # 40 + 8 + 80 + 256

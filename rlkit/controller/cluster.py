@@ -6,14 +6,14 @@ import importlib
 import logging
 import os
 import socket
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlkit.controller.local import InProcessCluster
 from rlkit.controller.placement import Seat
-from rlkit.errors import ResourceError, RlkitError, WorkerError
+from rlkit.errors import EngineLostError, ResourceError, RlkitError, WorkerError
 from rlkit.settings import ClusterSettings, ExistingRay, InProcess, LocalRay
 from rlkit.workers.handle import Handle
 
@@ -31,8 +31,9 @@ class Cluster(Protocol):
         """
         ...
 
-    def meeting_point(self) -> str:
-        """host:port of a store where a new group of workers finds each other, wherever they are placed. It stays until `close`."""
+    def meeting_point(self, keys: Sequence[Hashable]) -> str:
+        """host:port of a store where these workers find each other once they start, wherever they are placed; it stays until
+        `close`. Where only some of them run already, those are stopped: they could not meet the others any more."""
         ...
 
     def places(self) -> dict[str, str]:
@@ -108,6 +109,8 @@ class RayPending:
             raise WorkerError(f"{name} died during {self._method}: {cause_of_death(error)}", worker=name) from error
         except RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, EngineLostError) or not isinstance(cause, RlkitError):
+                self._handle.kill()  # nobody knows what state it is in, and a later run would find it
             if isinstance(cause, WorkerError) and not cause.worker:
                 raise type(cause)(f"{name}: {cause}", worker=name) from None
             if isinstance(cause, RlkitError):
@@ -282,10 +285,14 @@ class RayCluster:
         )
         return RayHandle(name, actor, seat)
 
-    def meeting_point(self) -> str:
+    def meeting_point(self, keys: Sequence[Hashable]) -> str:
         import ray
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # it is documented
 
+        running = [handle for key in keys if (handle := self._workers.get(key)) and handle.is_alive]
+        if len(running) < len(keys):  # these met others, who are gone
+            for handle in running:
+                handle.kill()
         host = ray.util.get_node_ip_address()
         # Here and not in a rank: where Ray will place rank 0 is not known before it starts.
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False)

@@ -139,10 +139,11 @@ class Learners:
         self._strategy = config.strategy
         self._deadline_s = config.learner.deadline_s
         self._transfer_deadline_s = config.rollout.deadline_s + 2 * GRACE_S
-        address = cluster.meeting_point() if count > 1 else ""
+        keys = [("learner", index, count) for index in range(count)]
+        address = cluster.meeting_point(keys) if count > 1 else ""
         self._handles = [
             cluster.worker(
-                ("learner", index, count),
+                keys[index],
                 f"learner rank {index}",
                 "rlkit.workers.learner:Learner",
                 Rank(index=index, count=count, address=address),

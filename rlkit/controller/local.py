@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class InProcessCluster:
             self._workers[key] = LocalHandle(name, getattr(importlib.import_module(module), cls)(*args, **kwargs))
         return self._workers[key]
 
-    def meeting_point(self) -> str:
+    def meeting_point(self, keys: Sequence[Hashable]) -> str:
         return ""  # a group of one has nobody to meet
 
     def places(self) -> dict[str, str]:

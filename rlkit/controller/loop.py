@@ -28,12 +28,13 @@ from rlkit.controller.tracking import Tracker
 from rlkit.controller.turns import ByTurns, SideBySide
 from rlkit.data.collate import collate, group_index, minibatches, response_mask
 from rlkit.data.models.loading import context_length, load_tokenizer, resolve, stop_token_ids
+from rlkit.data.models.lora import adapted_shapes
 from rlkit.data.order import PromptOrder
 from rlkit.data.prompts import PromptSet, load_prompts
 from rlkit.data.rewards.pool import RewardPool
 from rlkit.errors import ConfigError, Preempted, ResourceError, WorkerError
 from rlkit.metrics import Metric, merge, values
-from rlkit.settings import HeldOut, Placement
+from rlkit.settings import HeldOut, LoraLearner, Placement
 from rlkit.types import Rollout, SamplingSpec, TrainBatch
 from rlkit.workers.weight_sync import TOLERANCES, SyncReport, Transport, sync_weights
 
@@ -60,6 +61,8 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
     folder = resolve(config.model.path)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     check_context(config, folder)
+    if isinstance(config.learner, LoraLearner):
+        adapted_shapes(folder, config.learner)  # refuses what the model has not
     stops = stop_token_ids(folder, tokenizer)
     with ExitStack() as stack:
         rewards = stack.enter_context(RewardPool(config.reward, base_dir=Path.cwd()))

@@ -28,12 +28,14 @@ from rlkit.core.ratios import Weights
 from rlkit.core.reduce import Denominators, reduce
 from rlkit.core.values import Backbone, Critic, ExplainedVariance, TrainedCritic
 from rlkit.data.layout import EMPTY_LAYOUT, Layout, LayoutKind, arrange, whole_sequences
+from rlkit.data.models import lora
 from rlkit.data.models.critic import CriticModel, ValueHeads
 from rlkit.data.models.loading import copy_tokenizer_files, load_model, resolve
 from rlkit.data.models.policy import Policy, PolicyOutput, ReferenceStates
 from rlkit.errors import DataError, NumericalError, ResourceError
 from rlkit.metrics import Last, Max, Mean, Metric, Min, Sum, merge
-from rlkit.settings import AdamW, Dtype, Optimizer, Schedule, VllmEngine, WeightTransport
+from rlkit.settings import AdamW, Dtype, LoraLearner, Optimizer, Schedule, VllmEngine, WeightTransport
+from rlkit.settings import Learner as LearnerSettings
 from rlkit.types import StepStats, TrainBatch
 from rlkit.workers.handle import Handle, Rank
 from rlkit.workers.native_transfer import check_device
@@ -72,6 +74,7 @@ class Learner:
         self.model_folder = resolve(config.model.path)
         self.strategy = config.strategy
         self.critic: CriticModel | None = None
+        self._base_digest = ""
         self.policy = self._load_policy()
         self.optimizer = make_optimizer(config.optimizer, self.policy_parameters, self.critic_parameters, config.critic)
         self.reference_head: Tensor | None = None
@@ -83,21 +86,29 @@ class Learner:
     def _load_policy(self) -> Policy:
         """The policy with float32 master weights, and the critic, on the policy's layers or on a copy of them."""
         critic = self.config.critic
-        model = self._load_model()
+        model = self._load_model(self.config.learner)
         heads = None
         if isinstance(critic, TrainedCritic):
             heads = ValueHeads(model.config.hidden_size, critic.num_heads, seed=self.config.seed)
             if critic.backbone is Backbone.own:
-                self.critic, heads = CriticModel(self._load_model(), heads).to(self.device), None
+                self.critic, heads = CriticModel(self._load_model(None), heads).to(self.device), None
                 self._shard(self.critic, self.critic.decoder.layers)
         shared = isinstance(critic, TrainedCritic) and critic.backbone is Backbone.shared
         policy = Policy(model, value_heads=heads, values_train_layers=shared).to(self.device)
         self._shard(policy, model.get_decoder().layers)
         return policy
 
-    def _load_model(self) -> PreTrainedModel:
-        model = load_model(self.model_folder, dtype=torch.float32, trust_remote_code=self.config.model.trust_remote_code)
-        model.requires_grad_(True)
+    def _load_model(self, settings: LearnerSettings | None) -> PreTrainedModel:
+        """With adapters where the learner's settings ask for them; None trains all of it."""
+        # What is trained is float32, the masters; what is frozen needs no more bits than the forward pass sees.
+        is_frozen = isinstance(settings, LoraLearner)
+        dtype = self._dtype if is_frozen else torch.float32
+        model = load_model(self.model_folder, dtype=dtype, trust_remote_code=self.config.model.trust_remote_code)
+        if is_frozen:
+            lora.add_adapters(model, settings, self.config.seed)
+            self._base_digest = lora.base_digest(self.model_folder) if self.rank.is_first else ""
+        else:
+            model.requires_grad_(True)
         if self.config.learner.activation_checkpointing:
             # Around forward and not as a wrapping module, which would rename every parameter.
             for layer in cast(nn.ModuleList, model.get_decoder().layers):
@@ -130,6 +141,11 @@ class Learner:
         """What the value loss alone trains."""
         module = self.critic if self.critic is not None else self.policy.value_heads
         return [] if module is None else list(module.parameters())
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the engine, and of the forward pass."""
+        return getattr(torch, self.config.model.dtype.value)
 
     # --- learning -----------------------------------------------------------------------------------------------------
 
@@ -349,7 +365,7 @@ class Learner:
 
     def _groups(self) -> list[list[str]]:
         """Checkpoint names by layer; a tied head is its embedding and appears once, as in `named_parameters`."""
-        return layer_groups([name for name, _ in self.policy.model.named_parameters()])
+        return layer_groups(list(lora.checkpoint_weights(self.policy.model)))
 
     def export_part(self, index: int, version: int) -> WeightPart | None:
         """Part `index` of the weights, in the engine's dtype, on rank 0; the others take part and return None.
@@ -357,10 +373,9 @@ class Learner:
         One layer group is whole at a time: a full copy of the model exists on no rank.
         """
         names = self._groups()[index]
-        parameters = dict(self.policy.model.named_parameters())
-        dtype = getattr(torch, self.config.model.dtype.value)
+        weights = lora.checkpoint_weights(self.policy.model)
         # A copy in any case: memory shared with a parameter would change at the next optimiser step.
-        tensors = {name: full_tensor(parameters[name]).to(dtype, copy=True) for name in names}
+        tensors = {name: merged(*weights[name]).to(self._dtype, copy=True) for name in names}
         if not self.rank.is_first:
             return None
         if index == 0:
@@ -421,21 +436,26 @@ class Learner:
     def save(self, folder: str) -> None:
         """Write the policy in Hugging Face format, tokenizer included, and under `state/` what `restore` needs of this rank.
 
-        The folder must exist. Raises ResourceError when the disk refuses.
+        Adapters are merged there, and stand by themselves under `adapter/`. The folder must exist. Raises ResourceError when the
+        disk refuses.
         """
-        weights = {}
-        dtype = getattr(torch, self.config.model.dtype.value)
-        for name, parameter in self.policy.model.named_parameters():
-            whole = full_tensor(parameter)
+        weights, adapters, dtype = {}, {}, self._dtype
+        for name, weight in lora.checkpoint_weights(self.policy.model).items():
+            whole = merged(*weight)
             if self.rank.is_first:
                 weights[name] = whole.to(dtype).cpu()
+        if isinstance(self.config.learner, LoraLearner):
+            trained = ((name, parameter) for name, parameter in self.policy.model.named_parameters() if parameter.requires_grad)
+            adapters = {name: full_tensor(parameter).cpu() for name, parameter in trained}
         try:
             (Path(folder) / "state").mkdir(exist_ok=True)
             if self.rank.is_first:
                 self.policy.model.config.dtype = dtype
                 self.policy.model.save_pretrained(folder, state_dict=weights)
                 copy_tokenizer_files(self.model_folder, Path(folder))
-                counters = {"num_updates": self.num_updates, "skipped_in_a_row": self.skipped_in_a_row}
+                if adapters:
+                    lora.save_adapter(Path(folder) / lora.FOLDER, self.policy.model, adapters, self.model_folder)
+                counters = {"num_updates": self.num_updates, "skipped_in_a_row": self.skipped_in_a_row, "base": self._base_digest}
                 (Path(folder) / "state" / "learner.json").write_text(json.dumps(counters), encoding="utf-8")
             shards = {name: local_tensor(tensor).contiguous() for name, tensor in self._state_tensors().items()}
             save_file(shards, shard_file(folder, self.rank.index, self.rank.count))
@@ -445,18 +465,28 @@ class Learner:
     def restore(self, folder: str) -> None:
         """Go on from what `save` wrote, with any number of ranks: weights, optimiser state and counters as they were, bit for bit.
 
-        Raises DataError when the checkpoint is of another model or optimiser.
+        What is frozen is not in the checkpoint, and comes from the run's model. Raises DataError when the checkpoint is of
+        another model or optimiser, or the frozen model is not the one that was trained on.
         """
         counters = json.loads((Path(folder) / "state" / "learner.json").read_text(encoding="utf-8"))
         self.num_updates, self.skipped_in_a_row = counters["num_updates"], counters["skipped_in_a_row"]
-        parameters = dict(self._named_parameters())
+        if self.rank.is_first and counters.get("base", "") != self._base_digest:
+            raise DataError(
+                f"{folder}: its adapters were trained on other weights than model.path={self.config.model.path} holds now. "
+                "Put those back, or start a new run from the checkpoint, whose own weights have the adapters in them."
+            )
+        parameters = self._trained()
         with ExitStack() as stack, torch.no_grad():
             shards = [stack.enter_context(safe_open(file, "pt")) for file in shard_files(folder)]
+            if missing := sorted(parameters.keys() - {key.partition(".")[2] for key in shards[0].keys()}):  # noqa: SIM118
+                raise DataError(
+                    f"{folder}: lacks {missing[0]}, which this run trains. Resume with the run's own model and learner."
+                )
             for key in shards[0].keys():  # noqa: SIM118  safe_open has no iterator
                 kind, _, name = key.partition(".")
                 if name not in parameters:
                     raise DataError(
-                        f"{folder}: holds {name}, which the model of this run has not. Resume with the run's own model."
+                        f"{folder}: holds {name}, which this run does not train. Resume with the run's own model and learner."
                     )
                 parameter = parameters[name]
                 parts = [shard.get_tensor(key) for shard in shards]
@@ -479,10 +509,14 @@ class Learner:
     def _state_tensors(self) -> dict[str, Tensor]:
         """Name -> tensor of all that learning changes: `parameter.<name>`, and `<state>.<name>` for the optimiser's state."""
         tensors: dict[str, Tensor] = {}
-        for name, parameter in self._named_parameters():
+        for name, parameter in self._trained().items():
             tensors[f"parameter.{name}"] = parameter.detach()
             tensors |= {f"{kind}.{name}": value for kind, value in self.optimizer.state.get(parameter, {}).items()}
         return tensors
+
+    def _trained(self) -> dict[str, Tensor]:
+        """What the optimiser moves, by name: of the policy as its model has them, and of the critic."""
+        return {name: parameter for name, parameter in self._named_parameters() if parameter.requires_grad}
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
@@ -527,6 +561,14 @@ def full_tensor(parameter: Tensor) -> Tensor:
     """The whole parameter, detached; collective when it is sharded."""
     detached = parameter.detach()
     return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+def merged(parameter: Tensor, adapter: lora.Adapter | None) -> Tensor:
+    """The whole checkpoint tensor, adapter included; collective when it is sharded."""
+    whole = full_tensor(parameter)
+    if adapter is None:
+        return whole
+    return lora.merge(whole, down=full_tensor(adapter.down), up=full_tensor(adapter.up), scaling=adapter.scaling)
 
 
 def scatter(values: Tensor, batch: TrainBatch) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from rlkit.compose import compose
 from rlkit.controller.fleet import Engines, Learners
+from rlkit.controller.placement import Seat
 from rlkit.controller.turns import SideBySide
 from rlkit.errors import WorkerError
 from rlkit.types import SampleRequest, SamplingSpec
@@ -30,34 +31,60 @@ def exported(learner: Learners, cluster) -> dict[str, torch.Tensor]:
     return tensors
 
 
+LEARNERS = {"fsdp": [], "lora": ["learner.lora_rank=1", "learner.lora_alpha=4"]}  # of A's one row, the second rank has none
+
+
 @pytest.mark.slow
 def test_two_ranks_step_as_one(ray_cluster, random_model, make_batch, tmp_path):
-    batch, after = make_batch(rows=7), {}
-    before = None
+    batch, before, after, following = make_batch(rows=7), {}, {}, {}
+    settings = {
+        kind: [f"model.path={random_model(tied=True)}", f"learner={kind}", *own, *SETTINGS] for kind, own in LEARNERS.items()
+    }
     for ranks in (1, 2):
-        config = compose([f"model.path={random_model(tied=True)}", *SETTINGS, f"learner.num_ranks={ranks}"])
-        learner = Learners(config, ray_cluster, SideBySide())
-        before = exported(learner, ray_cluster)
-        for _ in range(3):
-            stats = learner.update(batch, divergence_coef=None, entropy_coef=None)
-        after[ranks] = exported(learner, ray_cluster), stats
-    learner.save(str(tmp_path))
-    one, two = after[1][0], after[2][0]
-    for name in one:
-        assert (one[name] - two[name]).norm() <= 3e-5 * (one[name] - before[name]).norm() + 1e-7, name
-    for name, metric in after[1][1].metrics.items():
-        assert after[2][1].metrics[name].value == pytest.approx(metric.value, rel=1e-4, abs=1e-6), name
-    learner.update(batch, divergence_coef=None, entropy_coef=None)
-    next_two = exported(learner, ray_cluster)
-    # What two ranks saved, one goes on with: the same weights to the last bit, and the same next step.
-    single = Learners(compose([f"model.path={random_model(tied=True)}", *SETTINGS]), ray_cluster, SideBySide())
-    single.restore(str(tmp_path))
-    restored = exported(single, ray_cluster)
-    assert all(restored[name].equal(two[name]) for name in two)
-    single.update(batch, divergence_coef=None, entropy_coef=None)
-    next_one = exported(single, ray_cluster)
-    for name in two:
-        assert (next_one[name] - next_two[name]).norm() <= 3e-5 * (next_two[name] - two[name]).norm() + 1e-7, name
+        for kind in LEARNERS:
+            learner = Learners(compose([*settings[kind], f"learner.num_ranks={ranks}"]), ray_cluster, SideBySide())
+            before[kind] = exported(learner, ray_cluster)
+            for _ in range(3):
+                stats = learner.update(batch, divergence_coef=None, entropy_coef=None)
+            after[kind, ranks] = exported(learner, ray_cluster), stats
+            (tmp_path / kind).mkdir(exist_ok=True)
+            learner.save(str(tmp_path / kind))
+            learner.update(batch, divergence_coef=None, entropy_coef=None)
+            following[kind] = exported(learner, ray_cluster)
+    for kind in LEARNERS:
+        (one, stats), (two, other_stats) = after[kind, 1], after[kind, 2]
+        for name in one:
+            moved = (one[name] - before[kind][name]).norm()
+            assert (one[name] - two[name]).norm() <= 3e-5 * moved + 1e-7, name
+            assert moved > 1e-2 or (kind == "lora" and "_proj" not in name), name
+        for name, metric in stats.metrics.items():
+            assert other_stats.metrics[name].value == pytest.approx(metric.value, rel=1e-4, abs=1e-6), name
+        # What two ranks saved, one goes on with: the same weights to the last bit, and the same next step.
+        single = Learners(compose(settings[kind]), ray_cluster, SideBySide())
+        (tmp_path / kind / "state" / "learner-0-of-1.safetensors").unlink()  # of the one rank before
+        single.restore(str(tmp_path / kind))
+        restored = exported(single, ray_cluster)
+        assert all(restored[name].equal(two[name]) for name in two)
+        single.update(batch, divergence_coef=None, entropy_coef=None)
+        next_one, next_two = exported(single, ray_cluster), following[kind]
+        for name in two:
+            assert (next_one[name] - next_two[name]).norm() <= 3e-5 * (next_two[name] - two[name]).norm() + 1e-7, name
+
+
+@pytest.mark.slow
+def test_a_rank_whose_fellows_are_gone_is_not_asked_to_meet_new_ones(ray_cluster):
+    """As in a sweep over numbers of ranks: it would wait for them where they never come."""
+    keys = [("fellow", index) for index in range(2)]
+
+    def start() -> list:
+        return [ray_cluster.worker(key, f"fellow {key[1]}", "builtins:dict", seat=Seat(group=f"fellow {key[1]}")) for key in keys]
+
+    first = start()
+    ray_cluster.meeting_point(keys)
+    assert start() == first  # both are there, and know each other
+    first[0].kill()
+    ray_cluster.meeting_point(keys)
+    assert not first[1].is_alive
 
 
 @pytest.mark.slow

@@ -79,11 +79,11 @@ def resume(run_dir: str) -> None:
     assert cli.dispatch(["train", f"resume={run_dir}"]) == 0
 
 
-def outcome(run_dir: str) -> dict:
+def outcome(run_dir: str, *, num_steps: int = NUM_STEPS) -> dict:
     """Everything that a run leaves and that does not depend on the clock."""
     lines = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
     measured = [{k: v for k, v in row.items() if not k.startswith(("time/", "rate/"))} for row in lines]
-    last = Path(run_dir, "checkpoints", f"step_{NUM_STEPS:06d}")
+    last = Path(run_dir, "checkpoints", f"step_{num_steps:06d}")
     rollouts = [pq.read_table(file).to_pylist() for file in sorted(Path(run_dir, "rollouts").glob("*.parquet"))]
     return {
         "measured": measured,
@@ -144,6 +144,19 @@ def test_a_run_cut_and_resumed_is_the_run_that_was_not(where, uncut, monkeypatch
     assert sum("policy/loss" in line for line in lines) == measured  # the cut was where its name says
     resume("run")
     assert outcome("run") == uncut
+
+
+def test_a_run_that_trains_adapters_too(monkeypatch):
+    """Its checkpoint has nothing of the frozen model but what it was merged into."""
+    settings = ["learner=lora", "learner.lora_rank=2", "num_steps=2", "checkpoint_every=1", "prompts_per_step=2"]
+    settings += ["evaluation.every=0", "evaluation.num_prompts=1", "max_response_tokens=6"]
+    start("whole", *settings)
+    with monkeypatch.context() as patch:
+        raise_at(patch, loop.Run, "learn", 2)
+        with pytest.raises(Cut):
+            start("run", *settings)
+    resume("run")
+    assert outcome("run", num_steps=2) == outcome("whole", num_steps=2)
 
 
 @pytest.mark.slow
@@ -317,6 +330,7 @@ def test_a_worker_that_dies_is_named_with_the_way_to_go_on(monkeypatch):
         ("seed=5", "seed: a run that is resumed keeps its seed"),
         ("group_size=2", "group_size: a run that is resumed keeps its group_size"),
         ("optimizer=sgd", "optimizer: a run that is resumed keeps its optimiser"),
+        ("learner=lora", "learner.lora_rank: a run that is resumed keeps its adapters"),
     ],
 )
 def test_what_a_resumed_run_keeps(override, message, cut_after_six, folder, capsys):

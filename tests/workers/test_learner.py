@@ -7,13 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from rlkit.compose import compose
 from rlkit.core.reduce import Denominators
 from rlkit.data.models.loading import load_model
-from rlkit.errors import NumericalError
+from rlkit.errors import DataError, NumericalError
 from rlkit.settings import AdamW, Schedule
-from rlkit.workers.learner import full_tensor, learning_rate, move
+from rlkit.workers.learner import full_tensor, learning_rate, local_tensor, move
+from rlkit.workers.weight_sync import unpack
 
 RATE = 0.5
 SGD = ["optimizer=sgd", f"optimizer.learning_rate={RATE}", "optimizer.max_grad_norm=1e9", "max_response_tokens=16"]
@@ -219,3 +221,109 @@ def test_what_takes_turns_on_a_device_moves_weights_and_optimiser_state_whole(be
     states = [value for state in learner.optimizer.state.values() for name, value in state.items() if name != "step"]
     assert states
     assert {tensor.device.type for tensor in [*learner.policy.parameters(), *learner.policy.buffers(), *states]} == {"meta"}
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+LORA = ["learner=lora", "learner.lora_rank=4", "learner.lora_alpha=6"]
+
+
+def stir(learner) -> None:
+    """Adapters that are no longer nothing: a fresh B is zero, and A has no gradient before it moves."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in learner.policy.parameters():
+            if parameter.requires_grad:
+                parameter.to_local().add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def exported(learner) -> dict[str, torch.Tensor]:
+    parts = [learner.export_part(index, 0) for index in range(learner.num_parts())]
+    return {name: unpack(packed) for part in parts for name, packed in part.tensors.items()}
+
+
+def peft_model(folder: str, saved, *, trainable: bool = False):
+    from peft import PeftModel
+
+    base = load_model(folder, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, str(saved / "adapter"), is_trainable=trainable)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_adapters_get_the_gradient_that_autograd_gives_a_peft_model_and_nothing_else_moves(
+    begin, random_model, make_batch, tmp_path, tied
+):
+    learner, batch = begin(*LORA, "aggregation=seq_mean_token_mean", tied=tied), make_batch()
+    stir(learner)
+    learner.save(str(tmp_path))
+    before = weights(learner)
+    mine = gradient_of_one_step(learner, batch)
+    model = peft_model(random_model(tied=tied), tmp_path, trainable=True)
+    loss = torch.zeros(())
+    for row in range(batch.num_rows):
+        logprobs = vocabulary_logprobs(model, batch, row).gather(1, response_ids(batch, row).unsqueeze(1))
+        loss = loss - batch.advantages[row, 0] * logprobs.mean() / batch.num_rows
+    loss.backward()
+    theirs = {name.removeprefix("base_model.model."): parameter.grad for name, parameter in model.named_parameters()}
+    assert theirs.keys() == mine.keys()
+    trained = {name: gradient for name, gradient in theirs.items() if gradient is not None}
+    assert len(trained) == 2 * 7 * 2  # A and B of seven layers' weights, twice
+    for name, gradient in trained.items():
+        assert (mine[name] - gradient).norm() / gradient.norm() < 2e-5, name
+    after = weights(learner)
+    assert [name for name in after if not after[name].equal(before[name])] == list(trained)
+
+
+def test_what_engines_and_the_checkpoint_get_is_what_peft_merges(begin, random_model, make_batch, tmp_path):
+    learner = begin(*LORA, tied=False)
+    stir(learner)
+    learner.save(str(tmp_path))
+    sent, frozen = exported(learner), dict(load_model(random_model(tied=False), dtype=torch.float32).named_parameters())
+    model = peft_model(random_model(tied=False), tmp_path)
+    ids = torch.tensor([[5, 17, 40, 41, 8]])
+    with torch.no_grad():
+        adapted, whole = model(ids).logits[0], load_model(str(tmp_path), dtype=torch.float32)(ids).logits[0]
+    torch.testing.assert_close(whole, adapted, atol=1e-4, rtol=0)
+    scores = whole.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None]).squeeze(1)
+    np.testing.assert_allclose(learner.score([tuple(ids[0].tolist())])[0], scores, atol=1e-5)
+    merged = dict(model.merge_and_unload().named_parameters())
+    assert sent.keys() == merged.keys() == frozen.keys()
+    for name, tensor in sent.items():
+        torch.testing.assert_close(tensor, merged[name], atol=1e-6, rtol=0, msg=name)
+        assert tensor.equal(frozen[name]) == ("_proj" not in name), name
+
+
+def test_bfloat16_keeps_the_frozen_model_so_and_loses_no_step_of_the_adapters(begin, make_batch):
+    learner, batch = begin(*LORA, "model.dtype=bfloat16", "optimizer.learning_rate=1e-5"), make_batch()
+    stir(learner)
+    learner.score([(5, 6, 7)])
+    before = weights(learner)
+    step(learner, batch)
+    for name, tensor in weights(learner).items():
+        assert tensor.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16)
+        assert tensor.equal(before[name]) == (".lora_" not in name), name
+    frozen = {name: tensor for name, tensor in before.items() if ".base_layer." in name}
+    sent = exported(learner)
+    assert {tensor.dtype for tensor in sent.values()} == {torch.bfloat16}
+    assert not any(sent[name.replace(".base_layer.", ".")].equal(tensor) for name, tensor in frozen.items())
+
+
+def test_adapters_go_on_from_a_checkpoint_bit_for_bit_and_only_on_their_own_model(begin, random_model, make_batch, tmp_path):
+    learner, batch = begin(*LORA, "optimizer=adamw", "optimizer.learning_rate=0.01"), make_batch()
+    for _ in range(2):
+        step(learner, batch)
+    learner.save(str(tmp_path))
+    with safe_open(tmp_path / "state" / "learner-0-of-1.safetensors", "pt") as file:
+        assert {key.rpartition(".lora_")[1] for key in file.keys()} == {".lora_"}  # noqa: SIM118  nothing of the frozen model
+    step(learner, batch)
+    expected, state = weights(learner), {name: tensor.clone() for name, tensor in learner._state_tensors().items()}
+    learner = begin(*LORA, "optimizer=adamw", "optimizer.learning_rate=0.01", "seed=9")  # other adapters, were they not restored
+    learner.restore(str(tmp_path))
+    step(learner, batch)
+    assert all(tensor.equal(expected[name]) for name, tensor in weights(learner).items())
+    assert learner._state_tensors().keys() == state.keys()
+    assert all(local_tensor(tensor).equal(local_tensor(state[name])) for name, tensor in learner._state_tensors().items())
+    with pytest.raises(DataError, match=r"its adapters were trained on other weights than model\.path="):
+        begin(*LORA, "optimizer=adamw", tied=False).restore(str(tmp_path))
+    with pytest.raises(DataError, match=r"holds .*\.mlp\..*, which this run does not train"):
+        begin(*LORA, "optimizer=adamw", "learner.target_modules=[q_proj]").restore(str(tmp_path))

@@ -74,13 +74,18 @@ def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> PreTraine
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def num_parameters(folder: str) -> int:
-    """Of the checkpoint in `folder`, from the headers of its files."""
-    total = 0
+def checkpoint_shapes(folder: str) -> dict[str, tuple[int, ...]]:
+    """Of every tensor of the checkpoint in `folder`, by name, from the headers of its files."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
-            total += sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118  no iterator
-    return total
+            shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118  no iterator
+    return shapes
+
+
+def num_parameters(folder: str) -> int:
+    """Of the checkpoint in `folder`."""
+    return sum(math.prod(shape) for shape in checkpoint_shapes(folder).values())
 
 
 def context_length(folder: str, *, trust_remote_code: bool = False) -> int | None:

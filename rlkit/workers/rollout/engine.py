@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from rlkit.data.models.loading import checkpoint_shapes
 from rlkit.errors import ResourceError
 from rlkit.types import Completion, SampleRequest, SamplingSpec
 from rlkit.workers.weight_sync import Manifest, WeightPart
@@ -78,28 +79,16 @@ class Engine(Protocol):
         ...
 
 
-def checkpoint_names(model_path: str) -> frozenset[str]:
-    """Names of the tensors that a complete sync must bring."""
-    return frozenset(checkpoint_shapes(model_path))
-
-
-def checkpoint_shapes(model_path: str) -> dict[str, tuple[int, ...]]:
-    """The tensors that a complete sync must bring, read from the model's own checkpoint.
+def expected_tensors(model_path: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a complete sync must bring, read from the model's own checkpoint.
 
     Taken from the files and not from the learner, so that a learner that forgets a tensor cannot vouch for itself. A tied
     output head is the embedding, and is expected once.
     """
-    from safetensors import safe_open
-
-    folder = Path(model_path)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    shapes = checkpoint_shapes(model_path)
+    if not shapes:
         raise ResourceError(f"model.path={model_path}: no *.safetensors file there. Save the model with safetensors.")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, "pt") as handle:
-            shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118  no iterator
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((Path(model_path) / "config.json").read_text())
     if config.get("tie_word_embeddings", False):
         shapes.pop("lm_head.weight", None)
     return shapes

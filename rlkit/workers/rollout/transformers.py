@@ -14,7 +14,7 @@ from rlkit.data.layout import whole_sequences
 from rlkit.data.models.loading import load_model
 from rlkit.data.models.policy import Policy
 from rlkit.types import Completion, FinishReason, SampleRequest, SamplingSpec
-from rlkit.workers.rollout.engine import EngineSpec, checkpoint_names
+from rlkit.workers.rollout.engine import EngineSpec, expected_tensors
 from rlkit.workers.weight_sync import Manifest, PackedTensor, WeightPart, check_complete, digests, unpack
 
 
@@ -56,7 +56,7 @@ class TransformersRolloutEngine:
     def __init__(self, spec: EngineSpec):
         self.version = -1
         self._batch_size = spec.max_num_seqs
-        self._expected_names = checkpoint_names(spec.model_path)
+        self._expected_names = frozenset(expected_tensors(spec.model_path))
         self._staged: dict[str, PackedTensor] = {}
         self._model = load_model(
             spec.model_path, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code

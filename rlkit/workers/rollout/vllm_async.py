@@ -14,24 +14,28 @@ import threading
 import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 from safetensors.torch import save_file
 
-from rlkit.errors import SyncError, WorkerError
+from rlkit.errors import EngineLostError, WorkerError
 from rlkit.types import Completion, SampleRequest, SamplingSpec
 from rlkit.workers.rollout import vllm_requests as ask
-from rlkit.workers.rollout.engine import EngineSpec, checkpoint_names
+from rlkit.workers.rollout.engine import EngineSpec, expected_tensors
 from rlkit.workers.weight_sync import Manifest, WeightPart, check_complete, digests, unpack
 
 if TYPE_CHECKING:
+    from vllm.inputs import TokensPrompt
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "rlkit-weights-"  # and the process id of whoever wrote the folder
 YOUNG_S = 60.0
+POLL_S = 0.2  # between looks at whether vLLM's process still lives
+OWNER = "RLKIT_ENGINE_OWNER"  # in the environment of vLLM's workers: the process without which they have no purpose
 ADVANCE_S = 0.2  # how long `advance` waits for the first finished sample
 T = TypeVar("T")
 
@@ -41,9 +45,9 @@ class AsyncVllmRolloutEngine:
 
     def __init__(self, spec: EngineSpec):
         workers = ask.worker_environment(spec)
-        os.environ.update(ask.ENVIRONMENT | workers | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+        os.environ.update(ask.ENVIRONMENT | workers | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", OWNER: str(os.getpid())})
         self.version = -1
-        self._expected_names = checkpoint_names(spec.model_path)
+        self._expected_names = frozenset(expected_tensors(spec.model_path))
         self._parts: list[tuple[Path, dict[str, str]]] = []  # of the next version: file, digests of its tensors
         self._under_way: dict[str, asyncio.Task[None]] = {}  # samples that `advance` took
         self._done: queue.SimpleQueue[tuple[str, Completion | Exception]] = queue.SimpleQueue()
@@ -76,13 +80,30 @@ class AsyncVllmRolloutEngine:
         if self._broken:
             work.close()
             raise WorkerError(self._broken)
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        outcome = asyncio.run_coroutine_threadsafe(work, self._loop)
+        while True:
+            try:
+                return outcome.result(timeout=POLL_S)
+            except TimeoutError:
+                # vLLM fails the requests under way when its process dies, but not every other call.
+                llm = getattr(self, "_llm", None)  # not there while it starts
+                if llm is not None and llm.errored and not outcome.done():
+                    outcome.cancel()
+                    raise llm.dead_error from None
 
     # --- sampling -------------------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> list[Completion]:
         async def all_of_them() -> list[Completion]:
-            return await asyncio.gather(*(self._sample(request, sampling) for request in requests))
+            # Nothing is scheduled before all are there: what is decoded together would else depend on timing.
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+            queues = [
+                await self._llm.add_request(each.sample_id, self._prompt(each.prompt_ids), ask.sampling_params(each, sampling))
+                for each in requests
+            ]
+            await self._llm.resume_generation()
+            outputs = [await last_output(outputs) for outputs in queues]
+            return [ask.completion(each.sample_id, out, self.version) for each, out in zip(requests, outputs, strict=True)]
 
         return self._run(all_of_them())
 
@@ -138,9 +159,11 @@ class AsyncVllmRolloutEngine:
 
     async def _answer(self, name: str, token_ids: Sequence[int], params: Any) -> RequestOutput:
         """The last output of a request: the only one, as they are asked for."""
-        prompt = ask.tokens_prompt(token_ids, f"{self._loads}:{self.version}")
-        outputs = [output async for output in self._llm.generate(prompt, params, name)]
+        outputs = [output async for output in self._llm.generate(self._prompt(token_ids), params, name)]
         return outputs[-1]  # vLLM ends a request with an output or an exception
+
+    def _prompt(self, token_ids: Sequence[int]) -> TokensPrompt:
+        return ask.tokens_prompt(token_ids, f"{self._loads}:{self.version}")
 
     # --- weights --------------------------------------------------------------------------------------------------------
 
@@ -163,7 +186,7 @@ class AsyncVllmRolloutEngine:
             except Exception as error:
                 # vLLM leaves layers half built where an update fails: nothing may be sampled from this engine again.
                 self._broken = f"Weight sync {manifest.version} failed inside the engine, which cannot be used any more: {error}"
-                raise SyncError(self._broken) from error
+                raise EngineLostError(self._broken) from error
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._loads += 1
@@ -199,6 +222,13 @@ class AsyncVllmRolloutEngine:
     def wake(self, what: Literal["weights", "kv_cache"]) -> None:
         if self._can_sleep:
             self._run(self._llm.wake_up(tags=[what]))
+
+
+async def last_output(outputs: RequestOutputCollector) -> RequestOutput:
+    while True:
+        output = cast("RequestOutput", await outputs.get())
+        if output.finished:
+            return output
 
 
 def sweep_shared_memory() -> None:

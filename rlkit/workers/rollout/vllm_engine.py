@@ -16,7 +16,7 @@ from rlkit.errors import ResourceError
 from rlkit.types import Completion, SampleRequest, SamplingSpec
 from rlkit.workers.native_transfer import Announcement, Incoming, TensorInfo, check_device
 from rlkit.workers.rollout import vllm_requests as ask
-from rlkit.workers.rollout.engine import EngineSpec, checkpoint_shapes
+from rlkit.workers.rollout.engine import EngineSpec, expected_tensors
 from rlkit.workers.weight_sync import Manifest, PackedTensor, WeightPart, check_complete, digests, unpack
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class VllmRolloutEngine:
         from vllm.config import WeightTransferConfig
 
         self.version = -1
-        shapes = checkpoint_shapes(spec.model_path)
+        shapes = expected_tensors(spec.model_path)
         self._expected_names = frozenset(shapes)
         self._transport = spec.weight_transport
         self._incoming = Incoming({name: TensorInfo(dtype=spec.dtype, shape=shape) for name, shape in shapes.items()})

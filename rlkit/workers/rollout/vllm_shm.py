@@ -5,6 +5,10 @@ Importing it makes the transfer known to vLLM; `ShmExtension` is the `worker_ext
 
 from __future__ import annotations
 
+import os
+import select
+import signal
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +18,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlkit.errors import SyncError
+from rlkit.workers.rollout.vllm_async import OWNER
 from rlkit.workers.rollout.vllm_extension import SyncExtension, repack_tied_head
 from rlkit.workers.weight_sync import digest, pack
 
@@ -42,7 +47,6 @@ class ShmTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._version = -1  # of the newest whole update
         self._receiving: int | None = None
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
@@ -77,4 +81,21 @@ class ShmExtension(SyncExtension):
     """`SyncExtension`, in a module whose import registers the transfer in the worker's process."""
 
 
+def die_with(owner: int) -> None:
+    """End this process when that one ends. vLLM's workers look at their parent, which may take its time to die itself."""
+    try:
+        descriptor = os.pidfd_open(owner)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return
+
+    def watch() -> None:
+        select.select([descriptor], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="dies with its owner", daemon=True).start()
+
+
 WeightTransferEngineFactory.register_engine(BACKEND, ShmTransferEngine)
+if (owner := int(os.environ.get(OWNER, os.getpid()))) != os.getpid():
+    die_with(owner)

@@ -28,7 +28,7 @@ from rlkit.types import SampleRequest, SamplingSpec
 from rlkit.workers import learner as learner_module
 from rlkit.workers.learner import Learner, full_tensor
 from rlkit.workers.rollout import vllm_engine
-from rlkit.workers.rollout.engine import EngineSpec, checkpoint_names
+from rlkit.workers.rollout.engine import EngineSpec, expected_tensors
 from rlkit.workers.rollout.vllm_engine import VllmRolloutEngine
 
 pytestmark = pytest.mark.slow  # all of it imports vLLM
@@ -221,7 +221,7 @@ def test_what_is_declared_is_what_is_sent_and_what_the_checkpoint_has(learner, r
         sent = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]
         assert sent == [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
     names = [name for name, *_ in sent]
-    assert frozenset(names) == checkpoint_names(folder)
+    assert frozenset(names) == expected_tensors(folder).keys()
     assert len(names) == len(weights) == (20 if tied else 21)
     layers = [int(name.split(".")[2]) for name in names if ".layers." in name]
     assert layers == sorted(layers)

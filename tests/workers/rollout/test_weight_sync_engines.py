@@ -116,6 +116,24 @@ def test_an_incomplete_or_torn_sync_is_refused_and_leaves_the_old_weights(engine
     check_behaviour(learner, engine, version=0, **check)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_reach_the_engine_merged_and_a_forgotten_merge_is_noticed(engine_of, random_model, learner, kind, monkeypatch):
+    learner.begin(compose([f"model.path={random_model(tied=True)}", "learner=lora", "learner.lora_rank=4"]))
+    engine = OneEngine(engine_of(kind, tied=True))
+    check = {"probes": PROBES, "tolerance": TOLERANCES["float32"]}
+    sync_weights(learner, engine, version=0, **check)
+    with torch.no_grad():  # a fresh B is zero
+        for name, parameter in learner.policy.model.named_parameters():
+            if ".layers.1." in name and ".lora_B." in name:
+                parameter.to_local().normal_(std=0.05, generator=torch.Generator().manual_seed(7))
+    with monkeypatch.context() as patch:
+        patch.setattr("rlkit.data.models.lora.merge", lambda weight, **adapter: weight)
+        with pytest.raises(SyncError, match=r"first difference: layers\.1 .* does not hold the learner's weights"):
+            sync_weights(learner, engine, version=1, **check)
+    report = sync_weights(learner, engine, version=2, **check)
+    assert report.max_abs <= 1e-4
+
+
 RELOAD_WITHOUT_THE_FIX = """
 import sys
 import numpy as np
