@@ -31,9 +31,11 @@ from rlkit.core.advantages import (
     ReinforcePlusPlusBaseline,
 )
 from rlkit.core.control import Control, Fixed
+from rlkit.core.control import Schedule as ControlSchedule
 from rlkit.core.distill import NoTeacher, Teacher
 from rlkit.core.divergences import Divergence, NoDivergence, ReverseKL
-from rlkit.core.entropy import EntropyBonus, EntropyTerm, NoEntropy, NoSelector, Selector
+from rlkit.core.entropy import EntropyBonus, EntropyTerm, NoEntropy
+from rlkit.core.feedback import PID, Doubling, DualAscent, LogDualAscent, LogPID, Proportional, Skywork
 from rlkit.core.imitation import Imitation, NoImitation, PositiveExamples
 from rlkit.core.loss import Strategy
 from rlkit.core.objectives import CISPO, GMPO, GSPO, ClippedSurrogate, Objective, ScoreFunction, UnclippedSurrogate
@@ -50,6 +52,7 @@ from rlkit.core.ratios import (
 )
 from rlkit.core.reduce import Aggregation
 from rlkit.core.replay import NoReplay, Replay
+from rlkit.core.selectors import ClipCov, KLCov, NoSelector, Selector
 from rlkit.core.shaping import NoShaping, OverlongPenalty, Shaping
 from rlkit.core.values import Critic, DoubleSoftMin, NoCritic, ValueModel
 from rlkit.errors import ConfigError
@@ -244,8 +247,18 @@ CHOICES: dict[str, dict[str, type]] = {
     "imitation": {"none": NoImitation, "positive": PositiveExamples},
     "divergence": {"none": NoDivergence, "reverse_kl": ReverseKL},
     "entropy": {"none": NoEntropy, "bonus": EntropyBonus},
-    "selector": {"none": NoSelector},
-    "control": {"fixed": Fixed},
+    "selector": {"none": NoSelector, "clip_cov": ClipCov, "kl_cov": KLCov},
+    "control": {
+        "fixed": Fixed,
+        "schedule": ControlSchedule,
+        "proportional": Proportional,
+        "doubling": Doubling,
+        "skywork": Skywork,
+        "pid": PID,
+        "pid_log": LogPID,
+        "dual": DualAscent,
+        "dual_log": LogDualAscent,
+    },
     "replay": {"none": NoReplay},
     "reference": {"initial": InitialReference},
     "teacher": {"none": NoTeacher},
@@ -429,6 +442,8 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"group_size=1: advantage={advantage} compares the responses to one prompt with each other, and one response has "
             "an advantage of 0. Write 2 or more; 8 or 16 is usual."
         )
+    yield from _selector_problems(config)
+    yield from _control_problems(config)
     critic = choice_of("critic", config.critic)
     if "values" in config.advantage.needs and critic == "none":
         yield f"critic=none: advantage={advantage} is computed from a critic's values. Write critic=value_model."
@@ -466,6 +481,44 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.warmup_steps={config.optimizer.warmup_steps}: the run has only {total} optimiser steps, so the learning "
             "rate never arrives. Write a smaller number."
         )
+
+
+def _selector_problems(config: RunConfig) -> Iterator[str]:
+    objective, selector = choice_of("objective", config.objective), choice_of("selector", config.selector)
+    if selector == "none":
+        return
+    if config.objective.is_sequence_level:
+        yield (
+            f"selector={selector}: it ranks tokens by their own ratios, and objective={objective} has one for a whole response. "
+            "Write objective=clipped, or selector=none."
+        )
+    elif isinstance(config.selector, KLCov) and objective != "unclipped":
+        yield f"selector=kl_cov: its pull takes a clip's place, and objective={objective} has one. Write objective=unclipped."
+    elif isinstance(config.selector, ClipCov) and config.selector.exclude_clipped and not config.objective.clips:
+        yield (
+            f"selector.exclude_clipped=true: objective={objective} clips no token's gradient. Write selector.exclude_clipped=false."
+        )
+
+
+def _control_problems(config: RunConfig) -> Iterator[str]:
+    """A controller moves one term's coefficient: two terms are measured in different things and cannot share a target."""
+    terms = {"divergence": config.divergence, "entropy": config.entropy}
+    coefs = {name: coef for name, term in terms.items() if (coef := getattr(term, "coef", None)) is not None}
+    if isinstance(config.control, Fixed):
+        return
+    control = choice_of("control", config.control)
+    if not coefs:
+        yield f"control={control}: there is no coefficient to move. Choose a divergence or entropy=bonus, or write control=fixed."
+    elif len(coefs) > 1:
+        yield (
+            f"control={control}: it moves one coefficient, and divergence and entropy have one each. Write control=fixed, or "
+            "drop one of them."
+        )
+    for coef in coefs.values():
+        try:
+            config.control.check(coef=coef, num_sequences=config.samples_per_step // max(config.optimizer_steps_per_batch, 1))
+        except ConfigError as error:
+            yield str(error)
 
 
 def _source_problems(config: RunConfig) -> Iterator[str]:

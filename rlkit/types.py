@@ -188,6 +188,7 @@ class TrainBatch:
     old_values: Tensor | None = None  # [B, T] float32: of the critic, that the advantages were computed from
     returns: Tensor | None = None  # [B, T] float32: the critic's targets
     policy_weight: Tensor | None = None  # [B, T] float32: multiplies the policy term; None: 1
+    chosen: Tensor | None = None  # [B, T] bool: the selector's tokens, where it chooses over the whole step
     policy_mask: Tensor | None = None  # [B, T] bool: tokens of the policy term and its denominators; None: response_mask
 
     def __post_init__(self):

@@ -21,11 +21,12 @@ from rlkit.controller.filtering import rollout_metrics, trainable
 from rlkit.controller.fleet import Engines, Learners, ReferenceScorer, weight_transport
 from rlkit.controller.lookahead import Lookahead
 from rlkit.controller.preemption import Preemption, StopRequested
-from rlkit.controller.preparation import correct, shaped_rewards, with_effective_sample_size
+from rlkit.controller.preparation import choose, correct, shaped_rewards, with_effective_sample_size
 from rlkit.controller.progress import Coefficients, Progress
 from rlkit.controller.sampling import Sampled, Sampler, Submitted
 from rlkit.controller.tracking import Tracker
 from rlkit.controller.turns import ByTurns, SideBySide
+from rlkit.core.selectors import covariance_metrics
 from rlkit.data.collate import collate, group_index, minibatches, response_mask
 from rlkit.data.models.loading import context_length, load_tokenizer, resolve, stop_token_ids
 from rlkit.data.models.lora import adapted_shapes
@@ -251,7 +252,7 @@ class Run:
     def learn(self, step: int, batch: TrainBatch) -> dict[str, float]:
         """Every optimiser step on one batch of rollouts."""
         config = self.config
-        if "proximal_logprobs" in config.needs:
+        if config.needs & {"proximal_logprobs", "old_pass"}:
             batch = replace(batch, old_logprobs=self.learner.logprobs(batch))
         elif config.max_staleness:  # the ratio is to the policy that sampled, which is not the present one
             batch = replace(batch, old_logprobs=batch.rollout_logprobs)
@@ -262,18 +263,21 @@ class Run:
             order_seed = (config.seed << 32) + step * config.epochs_per_batch + epoch
             for number, part in enumerate(minibatches(batch, config.optimizer_steps_per_batch, seed=order_seed)):
                 part, corrected = correct(config.correction, part)
+                part, selected = choose(config.selector, part, seed=order_seed + (number << 40))
                 coefficients = self.progress.coefficients
                 stats = self.learner.update(
                     part,
                     divergence_coef=coefficients.divergence and coefficients.divergence.coef,
                     entropy_coef=coefficients.entropy and coefficients.entropy.coef,
                 )
-                parts.append(stats.metrics | corrected)
+                parts.append(stats.metrics | corrected | selected)
                 if stats.skipped:
                     self.dump(f"step_{step:06d}-{epoch}-{number}", part)
                 else:
                     self.progress.coefficients = coefficients.update(config, stats.metrics, part.num_rows)
-        return with_effective_sample_size(values(merge(parts)))
+        sampled = batch.rollout_logprobs if batch.old_logprobs is None else batch.old_logprobs
+        metrics = covariance_metrics(logprobs=sampled, advantages=batch.advantages, response_mask=batch.response_mask)
+        return metrics | self.progress.coefficients.metrics(config) | with_effective_sample_size(values(merge(parts)))
 
     def dump(self, name: str, batch: TrainBatch) -> None:
         """Keep the batch of a non-finite step for whoever has to find the cause."""

@@ -1,4 +1,4 @@
-"""What is decided about a batch before the learner sees it: shaped rewards, and the weights of an off-policy correction."""
+"""What is decided about a batch before the learner sees it: shaped rewards, an off-policy correction's weights, chosen tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlkit.config import RunConfig
 from rlkit.core.ratios import Correction, correction_metrics, effective_fraction
+from rlkit.core.selectors import Selector
 from rlkit.data.collate import token_rewards
 from rlkit.metrics import Max, Mean, Metric, Min
 from rlkit.types import Rollout, TrainBatch
@@ -42,6 +43,21 @@ def correct(correction: Correction, batch: TrainBatch) -> tuple[TrainBatch, dict
         name: Min(value) for name, value in found.minima.items()
     }
     return replace(batch, policy_weight=weights.weight, policy_mask=weights.keep), metrics
+
+
+def choose(selector: Selector, batch: TrainBatch, seed: int) -> tuple[TrainBatch, dict[str, Metric]]:
+    """The batch of one optimiser step with the tokens that its selector picks, where it picks among all of them."""
+    if not selector.whole_batch:
+        return batch, {}
+    assert batch.old_logprobs is not None  # such a selector needs old_pass
+    chosen = selector.choose(
+        logprobs=batch.old_logprobs,
+        advantages=batch.advantages,
+        response_mask=batch.response_mask,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    share = Mean(float(chosen.sum()), float(batch.response_mask.sum()))
+    return replace(batch, chosen=chosen), {"selector/fraction": share}
 
 
 def with_effective_sample_size(metrics: dict[str, float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlkit.config import RunConfig
 from rlkit.controller.evaluate import Evaluation
-from rlkit.core.control import ControlState
+from rlkit.core.control import ControlState, Fixed
 from rlkit.core.divergences import FDivergence
 from rlkit.core.entropy import EntropyBonus
 from rlkit.errors import DataError
@@ -25,8 +25,8 @@ class Coefficients:
     def start(cls, config: RunConfig) -> Coefficients:
         divergence, entropy = config.divergence, config.entropy
         return cls(
-            divergence=config.control.initial(divergence.coef) if isinstance(divergence, FDivergence) else None,
-            entropy=config.control.initial(entropy.coef) if isinstance(entropy, EntropyBonus) else None,
+            divergence=config.control.initial(divergence.coef, sign=-1) if isinstance(divergence, FDivergence) else None,
+            entropy=config.control.initial(entropy.coef, sign=1) if isinstance(entropy, EntropyBonus) else None,
         )
 
     def restored(self, stored: dict[str, Any]) -> Coefficients:
@@ -36,6 +36,18 @@ class Coefficients:
             return None if state is None or values is None else replace(state, **values)
 
         return Coefficients(divergence=again(self.divergence, stored["divergence"]), entropy=again(self.entropy, stored["entropy"]))
+
+    def metrics(self, config: RunConfig) -> dict[str, float]:
+        """What the controller did, under the name of the term whose coefficient it moves; nothing for one that stays."""
+        if isinstance(config.control, Fixed):
+            return {}
+        states = {"divergence": self.divergence, "entropy": self.entropy}
+        return {
+            f"ctrl/{term}/{name}": value
+            for term, state in states.items()
+            if state is not None
+            for name, value in config.control.metrics(state).items()
+        }
 
     def update(self, config: RunConfig, metrics: dict[str, Metric], num_sequences: int) -> Coefficients:
         def moved(state: ControlState | None, measured: str) -> ControlState | None:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from rlkit.core.divergences import Divergence
-from rlkit.core.entropy import EntropyTerm, Selector
+from rlkit.core.entropy import EntropyTerm
 from rlkit.core.imitation import Imitation, NoImitation
 from rlkit.core.objectives import Objective, Surrogate
 from rlkit.core.ratios import Correction, Weights
 from rlkit.core.reduce import Aggregation, LossTerm
+from rlkit.core.selectors import Selector
 from rlkit.core.values import Critic, NoCritic, TrainedCritic
 
 
@@ -70,6 +71,7 @@ class Strategy:
         old_values: Tensor | None = None,
         returns: Tensor | None = None,
         weights: Weights | None = None,
+        chosen: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> StepTerms:
         """Objective -> selector -> correction, then the other terms beside them. All tensors [B, T]; rewards [B].
@@ -78,7 +80,8 @@ class Strategy:
         correction's weight multiplies the policy term only, and only that term loses the tokens it rejects: divergence and
         entropy stay on the whole response_mask. behaviour_logprobs, of the policy that sampled, are old_logprobs unless
         given: pass rollout_logprobs for a stale or replayed batch. weights are the correction's where it was asked about the
-        whole optimiser step, which it must be if it is a `whole_batch` one.
+        whole optimiser step, which it must be if it is a `whole_batch` one; so are the selector's chosen tokens. generator is
+        for a selector that chooses within the microbatch.
         """
         surrogate = self.objective(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, response_mask=response_mask)
         surrogate = self.selector(
@@ -87,6 +90,7 @@ class Strategy:
             old_logprobs=old_logprobs,
             advantages=advantages,
             response_mask=response_mask,
+            chosen=chosen,
             generator=generator,
         )
         if weights is None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -166,6 +167,7 @@ class Learner:
         rate = learning_rate(optimizer_settings, self.num_updates, total_updates)
         self.optimizer.param_groups[0]["lr"] = rate  # the critic's is constant
         self.optimizer.zero_grad(set_to_none=True)
+        self._num_microbatches = 0  # of this step, so far
         parts = [
             self._backward(part, layout, denominators, divergence_coef, entropy_coef)
             for _, part, layout in self._microbatches(batch)
@@ -242,6 +244,8 @@ class Learner:
             old_values=batch.old_values,
             returns=batch.returns,
             weights=correction_of(batch),
+            chosen=batch.chosen,
+            generator=torch.Generator().manual_seed(self._microbatch_seed()),
         )
         loss = logprobs.new_zeros(())
         shares: dict[str, Metric] = {}
@@ -266,6 +270,12 @@ class Learner:
                     exact_divergence=None if exact is None else exact.detach(),
                 )
             )
+
+    def _microbatch_seed(self) -> int:
+        """Of what is drawn in one microbatch: a function of its place in the run, so that a resumed run draws the same."""
+        self._num_microbatches += 1
+        place = (self.config.seed, self.num_updates, self.rank.index, self._num_microbatches)
+        return int.from_bytes(xxhash.xxh3_64_digest(repr(place).encode()), "big") >> 1
 
     def logprobs(self, batch: TrainBatch) -> Tensor:
         """Log-probs [B, T] of this rank's rows under the current weights, at the sampling temperature."""

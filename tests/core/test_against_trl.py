@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from rlkit.core.divergences import Divergence, Estimator, NoDivergence, ReverseKL
-from rlkit.core.entropy import EntropyBonus, EntropyTerm, NoEntropy, NoSelector
+from rlkit.core.entropy import EntropyBonus, EntropyTerm, NoEntropy
 from rlkit.core.logprobs import token_statistics
 from rlkit.core.loss import Strategy
 from rlkit.core.objectives import CISPO, GSPO, ClippedSurrogate, Objective
 from rlkit.core.ratios import Correction, IcePop, Level, MaskedIS, NoCorrection, TruncatedIS, Weights
 from rlkit.core.reduce import Aggregation, Denominators, reduce
+from rlkit.core.selectors import NoSelector
 
 ROWS, WIDTH, BUDGET = 6, 9, 12
 AGGREGATIONS = {

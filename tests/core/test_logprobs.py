@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlkit.core.divergences import ReverseKL
-from rlkit.core.logprobs import chunk_size, token_statistics
+from rlkit.core.logprobs import Crossing, Nucleus, chunk_size, token_statistics
 
 
 class ForwardKL:
@@ -170,6 +170,8 @@ def test_nothing_that_was_not_asked_for_is_computed():
     stats = statistics(**given, temperature=1.0, chunk_tokens=4)
     assert stats.entropy is None
     assert stats.divergence is None
+    assert stats.expected_score is None
+    assert stats.nucleus_entropy is None
 
 
 @pytest.mark.parametrize("chunk_tokens", [4, 100])
@@ -198,9 +200,11 @@ def test_results_are_float32_and_the_softmax_is_taken_in_float32(dtype):
 @pytest.mark.parametrize("chunk_tokens", [1, 4])
 def test_no_tokens_give_empty_results_that_backward_accepts(chunk_tokens):
     given = inputs(n=0)
-    stats = statistics(**given, temperature=1.0, chunk_tokens=chunk_tokens, with_entropy=True, divergence=ReverseKL())
+    asked = {"with_entropy": True, "with_expected_score": True, "nucleus": Nucleus(top_p=0.8, top_k=5), "divergence": ReverseKL()}
+    stats = statistics(**given, temperature=1.0, chunk_tokens=chunk_tokens, **asked)
     assert stats.logprobs.shape == stats.entropy.shape == stats.divergence.shape == (0,)
-    (stats.logprobs.sum() + stats.entropy.sum() + stats.divergence.sum()).backward()
+    assert stats.expected_score.shape == stats.nucleus_entropy.shape == (0,)
+    (stats.logprobs.sum() + stats.entropy.sum() + stats.divergence.sum() + stats.nucleus_entropy.sum()).backward()
     # On several ranks every one must take part in the head's gradient, the idle one with zeros.
     torch.testing.assert_close(given["head"].grad, torch.zeros_like(given["head"]))
 
@@ -219,6 +223,98 @@ def test_entropy_does_not_lose_its_digits_to_a_large_common_offset():
     logits = torch.tensor([[0.0, -1.0, -2.0, -3.0]])
     shifted = of_logits(logits + 10_000.0, with_entropy=True).entropy
     torch.testing.assert_close(shifted, of_logits(logits, with_entropy=True).entropy, rtol=0, atol=1e-5)
+
+
+def test_the_expected_score_and_the_scores_worked_out_for_three_tokens():
+    probs = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    logits = probs.log().expand(3, 3).clone().requires_grad_()
+    stats = of_logits(logits, with_entropy=True, with_expected_score=True, target=0)
+    torch.testing.assert_close(stats.expected_score, torch.full((3,), 0.170808, dtype=torch.float64), rtol=0, atol=1e-6)
+    scores = probs * (probs.log() + stats.entropy[0])  # S_v
+    torch.testing.assert_close(scores, torch.tensor([0.311601, -0.161524, -0.150077], dtype=torch.float64), rtol=0, atol=1e-6)
+    assert (probs * (scores - stats.expected_score[0])).sum().item() == pytest.approx(0.0, abs=1e-12)
+    assert not stats.expected_score.requires_grad
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
+@pytest.mark.parametrize("entropy", [{}, {"with_entropy": True}, {"with_entropy": True, "entropy_gradient": False}], ids=str)
+def test_the_expected_score_is_the_mean_score_of_a_sampled_token_whatever_else_is_asked_for(chunk_tokens, entropy):
+    given = inputs()
+    asked = {"temperature": 0.7, "chunk_tokens": chunk_tokens, "divergence": ForwardKL(), "with_expected_score": True}
+    stats = statistics(**given, **asked, **entropy)
+    logprobs = ((given["hidden"] @ given["head"].T + given["head_bias"]) / 0.7).log_softmax(-1).detach()
+    scores = logprobs.exp() * (logprobs - (logprobs.exp() * logprobs).sum(-1, keepdim=True))
+    torch.testing.assert_close(stats.expected_score, (logprobs.exp() * scores).sum(-1))
+
+
+def test_uniform_logits_score_nothing():
+    stats = of_logits(torch.full((2, 8), 1.5, dtype=torch.float64), with_expected_score=True)
+    torch.testing.assert_close(stats.expected_score, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def nucleus_entropy(probs, *, top_k=10_000, **nucleus: Any):
+    logits = torch.tensor([probs], dtype=torch.float64).log().requires_grad_()
+    return logits, of_logits(logits, nucleus=Nucleus(top_k=top_k, **nucleus)).nucleus_entropy
+
+
+@pytest.mark.parametrize(
+    ("top_p", "crossing", "kept"),
+    [
+        (0.8, Crossing.included, 3),  # .5 + .25 < .8 <= .5 + .25 + .15
+        (0.8, Crossing.excluded, 2),
+        (0.45, Crossing.included, 1),
+        (0.45, Crossing.excluded, 0),
+        (1.0, Crossing.included, 4),
+    ],
+)
+def test_the_nucleus_of_four_tokens_worked_out_by_hand(top_p, crossing, kept):
+    expected = {4: 1.207974, 3: 0.980990, 2: 0.636514, 1: 0.0, 0: 0.0}[kept]
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1]):  # where the tokens are in the vocabulary does not matter
+        probs = [[0.5, 0.25, 0.15, 0.1][index] for index in order]
+        logits, entropy = nucleus_entropy(probs, top_p=top_p, crossing=crossing)
+        assert entropy.item() == pytest.approx(expected, abs=1e-6)
+        (gradient,) = torch.autograd.grad(entropy, logits)
+        inside = torch.tensor([[index < kept for index in order]])
+        assert gradient[~inside].eq(0).all()
+        assert gradient[inside].ne(0).any() == (kept > 1)
+
+
+def test_the_nucleus_holds_at_most_top_k_tokens():
+    _, entropy = nucleus_entropy([0.5, 0.25, 0.15, 0.1], top_p=0.99, top_k=2)
+    assert entropy.item() == pytest.approx(0.636514, abs=1e-6)  # of (2/3, 1/3)
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 100])
+@pytest.mark.parametrize("crossing", list(Crossing), ids=lambda crossing: crossing.name)
+def test_the_nucleus_entropys_gradient_agrees_with_finite_differences(chunk_tokens, crossing):
+    given = inputs(n=5, size=3, vocab=6)
+    leaves = {name: given.pop(name) for name in ("hidden", "head", "head_bias")}
+    given = {"targets": given["targets"], "temperature": 0.8, "chunk_tokens": chunk_tokens}
+    nucleus = Nucleus(top_p=0.9, top_k=5, crossing=crossing)
+
+    def compute(*values):
+        stats = statistics(**dict(zip(leaves, values, strict=True)), **given, nucleus=nucleus)
+        return stats.logprobs, stats.nucleus_entropy
+
+    assert compute(*leaves.values())[1].gt(0.1).sum() >= 2  # not all of one token
+    assert torch.autograd.gradcheck(compute, tuple(leaves.values()))
+
+
+def test_a_nucleus_of_everything_has_the_whole_distributions_entropy_and_gradient():
+    logits = draw(4, 9, seed=13).requires_grad_()
+    stats = of_logits(logits, with_entropy=True, nucleus=Nucleus(top_p=1.1, top_k=9))
+    torch.testing.assert_close(stats.nucleus_entropy, stats.entropy)
+    gradients = [torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (stats.nucleus_entropy, stats.entropy)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("crossing", list(Crossing), ids=lambda crossing: crossing.name)
+def test_very_peaked_logits_have_a_nucleus_without_entropy_or_gradient(crossing):
+    logits = torch.tensor([[1e4, 0.0, -1e4], [300.0, -300.0, 0.0]], requires_grad=True)
+    entropy = of_logits(logits, nucleus=Nucleus(top_p=0.8, top_k=3, crossing=crossing)).nucleus_entropy
+    torch.testing.assert_close(entropy, torch.zeros(2))
+    (gradient,) = torch.autograd.grad(entropy.sum(), logits)
+    torch.testing.assert_close(gradient, torch.zeros(2, 3))
 
 
 class AllocationMeter(TorchDispatchMode):
@@ -249,6 +345,12 @@ class AllocationMeter(TorchDispatchMode):
 
 
 VOCAB, SIZE, CHUNK = 512, 4, 16
+MEASURED = [
+    ["logprobs"],
+    ["logprobs", "entropy"],
+    ["logprobs", "entropy", "divergence"],
+    ["logprobs", "expected_score", "nucleus_entropy"],
+]
 
 
 def measure(n, compute):
@@ -264,6 +366,7 @@ def measure(n, compute):
 
 def chunked(what):
     asks_entropy, asks_divergence = "entropy" in what, "divergence" in what
+    nucleus = Nucleus(top_p=0.8, top_k=VOCAB // 16) if "nucleus_entropy" in what else None
 
     def compute(**given):
         if not asks_divergence:
@@ -273,6 +376,8 @@ def chunked(what):
             temperature=0.9,
             chunk_tokens=CHUNK,
             with_entropy=asks_entropy,
+            with_expected_score="expected_score" in what,
+            nucleus=nucleus,
             divergence=ReverseKL() if asks_divergence else None,
         )
         return sum(getattr(stats, name).sum() for name in what)
@@ -284,7 +389,7 @@ def unchunked(*, hidden, head, targets, **_):
     return (hidden @ head.T).log_softmax(-1).gather(-1, targets[:, None]).sum()
 
 
-@pytest.mark.parametrize("what", [["logprobs"], ["logprobs", "entropy"], ["logprobs", "entropy", "divergence"]], ids="+".join)
+@pytest.mark.parametrize("what", MEASURED, ids="+".join)
 def test_memory_does_not_grow_with_tokens_times_vocabulary_in_forward_or_backward(what):
     few, many = 4 * CHUNK, 20 * CHUNK
     block, extra = 4 * CHUNK * VOCAB, many - few

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from rlkit.core.divergences import Estimator, NoDivergence, ReverseKL
-from rlkit.core.entropy import EntropyBonus, NoEntropy, NoSelector, Selector
+from rlkit.core.entropy import EntropyBonus, NoEntropy
 from rlkit.core.loss import Strategy
 from rlkit.core.objectives import ClippedSurrogate, Surrogate
 from rlkit.core.ratios import Correction, NoCorrection, Weights
 from rlkit.core.reduce import Aggregation, Denominators, reduce
+from rlkit.core.selectors import NoSelector, Selector
 
 NAN = float("nan")
 
@@ -39,7 +40,10 @@ class DropLastRow(Correction):
 class AddTen(Selector):
     """A selector whose effect shows whether the weights came after it."""
 
-    def __call__(self, surrogate, *, logprobs, old_logprobs, advantages, response_mask, generator):
+    def choose(self, *, response_mask, **_):
+        return response_mask
+
+    def apply(self, surrogate, chosen, **_):
         return Surrogate(loss=surrogate.loss + 10.0, clipped=surrogate.clipped)
 
 
