@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from rlkit.compose import compose
-from rlkit.controller.preparation import correct, shaped_rewards, with_effective_sample_size
+from rlkit.controller.preparation import choose, correct, shaped_rewards, with_effective_sample_size
 from rlkit.core.loss import Strategy
 from rlkit.core.ratios import IcePop, NoCorrection, Rejection, TruncatedIS
 from rlkit.metrics import merge, values
@@ -66,3 +66,25 @@ def test_a_long_response_loses_reward_on_its_last_token_only(make_rollout):
     assert rewards[1, 3] == 1.0
     plain = shaped_rewards(compose([]), rollouts)
     assert plain.sum(-1).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_selector_picks_among_all_tokens_of_the_step_and_the_same_ones_again(batch):
+    selector = compose(
+        ["selector=clip_cov", "selector.token_fraction=0.5", "selector.cov_low=-100", "selector.cov_high=100"]
+    ).selector
+    picked, metrics = choose(selector, batch, seed=3)
+    assert picked.chosen is not None
+    num_tokens = int(batch.response_mask.sum())
+    assert int(picked.chosen.sum()) == num_tokens // 2
+    assert not picked.chosen[~batch.response_mask].any()
+    assert values(metrics)["selector/fraction"] == pytest.approx((num_tokens // 2) / num_tokens)
+    again, other = (choose(selector, batch, seed=seed)[0].chosen for seed in (3, 4))
+    assert torch.equal(picked.chosen, again)
+    assert not torch.equal(picked.chosen, other)
+    part = picked.select([2, 0])
+    assert torch.equal(part.chosen, picked.chosen[[2, 0], : part.response_mask.shape[1]])
+
+
+def test_a_selector_within_microbatches_picks_nothing_beforehand(batch):
+    for overrides in (["selector=none"], ["selector=clip_cov", "selector.scope=micro"]):
+        assert choose(compose(overrides).selector, batch, seed=0) == (batch, {})
