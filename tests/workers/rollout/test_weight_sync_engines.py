@@ -199,8 +199,9 @@ def test_a_sync_between_two_tokens_is_seen_by_the_samples_under_way(learner, eng
     """Every token carries the version that sampled it: those before the sync the old one, those after it the new one."""
     sampling = SamplingSpec(max_tokens=60, stop_token_ids=())
     done = synced_while_sampling(learner, engine_of("vllm", tied=True), random_model(tied=True), under_way(4), sampling)
-    for completion in done:
-        assert completion.policy_version.tolist() == [7] * 16 + [8] * 44
+    for completion in done:  # as long as the model makes it, and sixteen tokens of it before the sync
+        assert completion.policy_version.tolist() == [7] * 16 + [8] * (len(completion.response_ids) - 16)
+    assert any(len(completion.response_ids) > 16 for completion in done)
 
 
 @pytest.mark.slow
