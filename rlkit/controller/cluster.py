@@ -106,17 +106,26 @@ class RayPending:
             raise WorkerError(message, worker=name) from None
         except RayActorError as error:
             self._handle.is_alive = False
+            if self._handle.failure is not None:  # another call's, which it was stopped for
+                raise self._handle.failure from None
             raise WorkerError(f"{name} died during {self._method}: {cause_of_death(error)}", worker=name) from error
         except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, EngineLostError) or not isinstance(cause, RlkitError):
-                self._handle.kill()  # nobody knows what state it is in, and a later run would find it
-            if isinstance(cause, WorkerError) and not cause.worker:
-                raise type(cause)(f"{name}: {cause}", worker=name) from None
-            if isinstance(cause, RlkitError):
-                raise cause from None
-            message = f"{name} failed in {self._method}: {type(cause).__name__}: {first_line(cause)}"
-            raise WorkerError(message, worker=name) from error
+            raise self._failure(error.cause) from error
+
+    def _failure(self, cause: BaseException | None) -> BaseException:
+        """What the worker's own exception becomes here."""
+        name = self._handle.name
+        if isinstance(cause, RlkitError) and not isinstance(cause, WorkerError):
+            return cause
+        if not isinstance(cause, WorkerError):
+            failure = WorkerError(f"{name} failed in {self._method}: {type(cause).__name__}: {first_line(cause)}", worker=name)
+        else:
+            failure = cause if cause.worker else type(cause)(f"{name}: {cause}", worker=name)
+        if isinstance(cause, EngineLostError) or not isinstance(cause, RlkitError):
+            # Nobody knows what state it is in, and a later run would find it.
+            self._handle.failure = failure
+            self._handle.kill()
+        return failure
 
 
 class RayHandle:
@@ -125,6 +134,7 @@ class RayHandle:
     def __init__(self, name: str, actor: Any, seat: Seat):
         self.name, self.seat = name, seat
         self.is_alive = True  # as far as its calls have shown
+        self.failure: WorkerError | None = None  # that it was stopped for: what its other calls end with is only a consequence
         self._actor = actor
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> RayPending:
