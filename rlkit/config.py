@@ -30,11 +30,13 @@ from rlkit.core.advantages import (
     ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
 )
+from rlkit.core.apo import DifficultyAdaptiveDivergence, NoResponseWeights, ResponseWeights, TrajectoryComplexity
 from rlkit.core.control import Control, Fixed
 from rlkit.core.control import Schedule as ControlSchedule
+from rlkit.core.copo import COPO, NoPromptAdvantage, PromptAdvantage
 from rlkit.core.distill import NoTeacher, Teacher
 from rlkit.core.divergences import Divergence, NoDivergence, ReverseKL
-from rlkit.core.entropy import EntropyBonus, EntropyTerm, NoEntropy
+from rlkit.core.entropy import EntropyBonus, EntropyTerm, Epo, NoEntropy, Siren
 from rlkit.core.feedback import PID, Doubling, DualAscent, LogDualAscent, LogPID, Proportional, Skywork
 from rlkit.core.imitation import Imitation, NoImitation, PositiveExamples
 from rlkit.core.loss import Strategy
@@ -52,9 +54,11 @@ from rlkit.core.ratios import (
 )
 from rlkit.core.reduce import Aggregation
 from rlkit.core.replay import NoReplay, Replay
-from rlkit.core.selectors import ClipCov, KLCov, NoSelector, Selector
-from rlkit.core.shaping import NoShaping, OverlongPenalty, Shaping
+from rlkit.core.safe import Asymmetric, EntropyGated, KLMode, KLPenalty, NoSafeguard, Safeguard
+from rlkit.core.selectors import ClipB, ClipCov, ClipV, KLCov, NoSelector, NoTokenFilter, Selector, TokenFilter
+from rlkit.core.shaping import DynamicSampling, NoPromptFilter, NoShaping, OverlongPenalty, PromptFilter, Shaping
 from rlkit.core.values import Critic, DoubleSoftMin, NoCritic, ValueModel
+from rlkit.core.weights import HighEntropy, NoTokenWeight, Steer, TokenWeight
 from rlkit.errors import ConfigError
 from rlkit.resources import reward_fns_dir
 from rlkit.settings import (
@@ -115,24 +119,32 @@ class RunConfig:
     max_response_tokens: int = 512
     checkpoint_every: int = 0  # steps; 0: only at the end
     keep_checkpoints: int = 3  # the newest ones; the best on held-out prompts stays as well
+    mask_truncated: bool = False  # responses cut off by the token limit teach nothing (DAPO's overlong filtering)
     aggregation: Aggregation = Aggregation.seq_mean_token_mean  # of the per-token objective over one optimiser step
 
     model: Model = MISSING
     data: Data = MISSING
     reward: Reward = MISSING
     shaping: Shaping = MISSING
+    prompt_filter: PromptFilter = MISSING
     environment: Environment = MISSING
     rollout: RolloutEngine = MISSING
     learner: Learner = MISSING
     optimizer: Optimizer = MISSING
     advantage: Advantage = MISSING
+    advantage_weights: ResponseWeights = MISSING
+    prompt_advantage: PromptAdvantage = MISSING
     objective: Objective = MISSING
     correction: Correction = MISSING
     critic: Critic = MISSING
     imitation: Imitation = MISSING
     divergence: Divergence = MISSING
+    divergence_weights: ResponseWeights = MISSING
+    safeguard: Safeguard = MISSING
     entropy: EntropyTerm = MISSING
     selector: Selector = MISSING
+    token_filter: TokenFilter = MISSING
+    token_weight: TokenWeight = MISSING
     control: Control = MISSING
     replay: Replay = MISSING
     reference: Reference = MISSING
@@ -165,6 +177,7 @@ class RunConfig:
         return Strategy(
             objective=self.objective,
             selector=self.selector,
+            token_weight=self.token_weight,
             correction=self.correction,
             divergence=self.divergence,
             entropy=self.entropy,
@@ -176,7 +189,13 @@ class RunConfig:
     @property
     def needs(self) -> frozenset[str]:
         """What the chosen strategies must be given; what nobody needs is not computed, and its worker not started."""
-        return self.strategy.needs | self.advantage.needs
+        return self.strategy.needs | self.advantage.needs | self.token_filter.needs | self.safeguard.needs
+
+    @property
+    def measures_policy(self) -> bool:
+        """Whether a batch of rollouts needs a forward pass of the present policy before it is trained on."""
+        several = self.optimizer_steps_per_step > 1 and not self.max_staleness
+        return several or bool(self.needs & MEASURED)
 
     @property
     def compares_groups(self) -> bool:
@@ -209,6 +228,7 @@ CHOICES: dict[str, dict[str, type]] = {
     },
     "reward": {"function": Reward},
     "shaping": {"none": NoShaping, "overlong": OverlongPenalty},
+    "prompt_filter": {"none": NoPromptFilter, "dynamic": DynamicSampling},
     "environment": {"single_turn": SingleTurn},
     "rollout": {"vllm": VllmEngine, "vllm_async": AsyncVllmEngine, "transformers": TransformersEngine},
     "learner": {"fsdp": Learner, "lora": LoraLearner},
@@ -225,6 +245,8 @@ CHOICES: dict[str, dict[str, type]] = {
         "vc_ppo": DecoupledGAE,
         "vapo": LengthAdaptiveGAE,
     },
+    "advantage_weights": {"none": NoResponseWeights, "stcr": TrajectoryComplexity},
+    "prompt_advantage": {"none": NoPromptAdvantage, "copo": COPO},
     "objective": {
         "clipped": ClippedSurrogate,
         "unclipped": UnclippedSurrogate,
@@ -246,8 +268,12 @@ CHOICES: dict[str, dict[str, type]] = {
     "critic": {"none": NoCritic, "value_model": ValueModel, "double_softmin": DoubleSoftMin},
     "imitation": {"none": NoImitation, "positive": PositiveExamples},
     "divergence": {"none": NoDivergence, "reverse_kl": ReverseKL},
-    "entropy": {"none": NoEntropy, "bonus": EntropyBonus},
+    "divergence_weights": {"none": NoResponseWeights, "dads": DifficultyAdaptiveDivergence},
+    "safeguard": {"none": NoSafeguard, "entropy_gated": EntropyGated, "asymmetric": Asymmetric},
+    "entropy": {"none": NoEntropy, "bonus": EntropyBonus, "siren": Siren, "epo": Epo},
     "selector": {"none": NoSelector, "clip_cov": ClipCov, "kl_cov": KLCov},
+    "token_filter": {"none": NoTokenFilter, "clip_b": ClipB, "clip_v": ClipV},
+    "token_weight": {"none": NoTokenWeight, "steer": Steer, "high_entropy": HighEntropy},
     "control": {
         "fixed": Fixed,
         "schedule": ControlSchedule,
@@ -268,6 +294,8 @@ CHOICES: dict[str, dict[str, type]] = {
 }
 
 _BASES: dict[str, type] = {name: hint for name, hint in get_type_hints(RunConfig).items() if name in CHOICES}
+# Of the `needs` of strategies, those that a pass of the policy before the update answers.
+MEASURED = frozenset({"proximal_logprobs", "old_pass", "old_entropy", "old_expected_score", "old_nucleus_entropy"})
 GROUP_BASELINES = ("grpo", "dr_grpo", "rloo", "gpg", "reinforce_pp_baseline")  # of CHOICES["advantage"]
 
 
@@ -442,7 +470,13 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"group_size=1: advantage={advantage} compares the responses to one prompt with each other, and one response has "
             "an advantage of 0. Write 2 or more; 8 or 16 is usual."
         )
+    if config.max_staleness > 0 and (name := choice_of("prompt_filter", config.prompt_filter)) != "none":
+        yield (
+            f"prompt_filter={name}: how many prompts a step draws is known only after it, and max_staleness={config.max_staleness} "
+            "starts the next one before. Write max_staleness=0 or prompt_filter=none."
+        )
     yield from _selector_problems(config)
+    yield from _divergence_problems(config)
     yield from _control_problems(config)
     critic = choice_of("critic", config.critic)
     if "values" in config.advantage.needs and critic == "none":
@@ -484,19 +518,32 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _selector_problems(config: RunConfig) -> Iterator[str]:
-    objective, selector = choice_of("objective", config.objective), choice_of("selector", config.selector)
-    if selector == "none":
-        return
+    objective = choice_of("objective", config.objective)
     if config.objective.is_sequence_level:
-        yield (
-            f"selector={selector}: it ranks tokens by their own ratios, and objective={objective} has one for a whole response. "
-            "Write objective=clipped, or selector=none."
-        )
+        for group in ("selector", "token_filter", "token_weight"):
+            if (chosen := choice_of(group, getattr(config, group))) != "none":
+                yield (
+                    f"{group}={chosen}: it tells tokens apart, and objective={objective} has one ratio for a whole response. "
+                    f"Write objective=clipped, or {group}=none."
+                )
     elif isinstance(config.selector, KLCov) and objective != "unclipped":
         yield f"selector=kl_cov: its pull takes a clip's place, and objective={objective} has one. Write objective=unclipped."
     elif isinstance(config.selector, ClipCov) and config.selector.exclude_clipped and not config.objective.clips:
         yield (
             f"selector.exclude_clipped=true: objective={objective} clips no token's gradient. Write selector.exclude_clipped=false."
+        )
+
+
+def _divergence_problems(config: RunConfig) -> Iterator[str]:
+    """What acts on the divergence term needs one."""
+    is_none = isinstance(config.divergence, NoDivergence)
+    for group in ("divergence_weights", "safeguard"):
+        if is_none and (chosen := choice_of(group, getattr(config, group))) != "none":
+            yield f"{group}={chosen}: there is no divergence for it to act on. Write divergence=reverse_kl, or {group}=none."
+    if isinstance(config.safeguard, KLPenalty) and config.safeguard.kl_mode is KLMode.direct:
+        yield (
+            "safeguard.kl_mode=direct: it needs the KL of a whole optimiser step at once, and a step is computed in microbatches. "
+            "Write safeguard.kl_mode=linearised, which has the same gradient at the measured KL."
         )
 
 

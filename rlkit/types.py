@@ -188,13 +188,21 @@ class TrainBatch:
     old_values: Tensor | None = None  # [B, T] float32: of the critic, that the advantages were computed from
     returns: Tensor | None = None  # [B, T] float32: the critic's targets
     policy_weight: Tensor | None = None  # [B, T] float32: multiplies the policy term; None: 1
+    train_mask: Tensor | None = None  # [B, T] bool: what filters left of response_mask, see `preparation.narrow`; None: all
+    old_entropy: Tensor | None = None  # [B, T] float32, exact, of the policy before the batch
+    old_expected_score: Tensor | None = None  # [B, T] float32, of the same
+    old_nucleus_entropy: Tensor | None = None  # [B, T] float32, of the same
+    turns: Tensor | None = None  # [B, T] int64: the turn that a token belongs to, from 0
+    prompt_advantages: Tensor | None = None  # [B, T] float32: a second advantage
+    local_weight: Tensor | None = None  # [B] float32: of the first one's loss beside the second's
+    divergence_weight: Tensor | None = None  # [B] float32: multiplies the response's divergence; None: 1
     chosen: Tensor | None = None  # [B, T] bool: the selector's tokens, where it chooses over the whole step
     policy_mask: Tensor | None = None  # [B, T] bool: tokens of the policy term and its denominators; None: response_mask
 
     def __post_init__(self):
         want = tuple(self.response_mask.shape)
         for name, value in self._optional():
-            given = tuple(value.shape[: 1 if name == "rewards" else 2])
+            given = tuple(value.shape[:2])
             if given != want[: len(given)]:
                 raise DataError(f"TrainBatch.{name} is {list(value.shape)}, response_mask {list(want)}. Pad it in collate.py.")
         if len(self.sample_ids) != want[0]:

@@ -55,8 +55,15 @@ def random_model(tmp_path_factory) -> Callable[..., str]:
     return build
 
 
+@pytest.fixture
+def ray_cluster(shared_ray_cluster):
+    """The session's Ray as a run finds it: what earlier tests started may go where a test needs its room."""
+    shared_ray_cluster.begin_run()
+    return shared_ray_cluster
+
+
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator:
+def shared_ray_cluster() -> Iterator:
     """One Ray for the whole session; its workers are shared by key, as a sweep shares them."""
     from rlkit.controller.cluster import open_cluster
     from rlkit.settings import LocalRay

@@ -60,6 +60,7 @@ GOES_WITH = {  # a choice of this name asks for another
     **dict.fromkeys(("gae", "vc_ppo", "vapo"), "critic=value_model"),
     **dict.fromkeys(("value_model", "double_softmin"), "advantage=gae"),
     "kl_cov": "objective=unclipped",
+    **dict.fromkeys(("dads", "entropy_gated", "asymmetric"), "divergence=reverse_kl"),
     **dict.fromkeys(("skywork", "pid"), "entropy=bonus entropy.coef=0"),
     **dict.fromkeys(("schedule", "dual"), "entropy=bonus"),
     **dict.fromkeys(("proportional", "doubling", "pid_log", "dual_log"), "divergence=reverse_kl"),

@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 import socket
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,10 +19,15 @@ from rlkit.workers.handle import Handle
 
 START_DEADLINE_S = 600.0  # a worker's first call also waits for its imports and its model
 PLACEMENT_DEADLINE_S = 10.0  # until Ray has found room; it may just be taking back what a worker held that was stopped
+ROOM_S = 2.0  # until what an earlier run of this process holds is given up for a worker of this one
 
 
 class Cluster(Protocol):
     """Where workers live. It outlives a run: the next run with equal needs finds its engines still there."""
+
+    def begin_run(self) -> None:
+        """What is not asked for from here on may be stopped where its room is needed."""
+        ...
 
     def worker(self, key: Hashable, name: str, target: str, *args: Any, seat: Seat, **kwargs: Any) -> Handle:
         """The worker known by `key`, started as `target` ("module:Class") with these arguments if there is none yet.
@@ -193,14 +198,19 @@ class Group:
     shape: tuple[int, int]
 
     @classmethod
-    def reserve(cls, seat: Seat, name: str, *, has_devices: bool) -> Group:
-        """For a seat of the worker `name`. Raises ResourceError where the cluster has no room for it."""
+    def reserve(cls, seat: Seat, name: str, *, has_devices: bool, make_room: Callable[[], bool]) -> Group:
+        """For a seat of the worker `name`. `make_room` gives up something else, and says whether there was anything.
+
+        Raises ResourceError where the cluster has no room for it even so.
+        """
         import ray
 
         size, workers = shape(seat)
         bundle = {"CPU": float(workers)} | ({"GPU": 1.0} if has_devices else {})
         group = ray.util.placement_group([bundle] * size, strategy="STRICT_PACK")
-        if not group.wait(PLACEMENT_DEADLINE_S):
+        while not (has_room := group.wait(ROOM_S)) and make_room():
+            pass
+        if not has_room and not group.wait(PLACEMENT_DEADLINE_S):
             ray.util.remove_placement_group(group)
             free, total = ray.available_resources(), ray.cluster_resources()
             wanted = " and ".join(f"{size * each:g} {resource}" for resource, each in bundle.items())
@@ -231,6 +241,7 @@ class RayCluster:
 
         self._workers: dict[Hashable, RayHandle] = {}
         self._groups: dict[str, Group] = {}
+        self._in_use: set[str] = set()  # groups with a seat that this run asked for
         self._stores: list[Any] = []
         if isinstance(settings, LocalRay):
             cores = len(os.sched_getaffinity(0))
@@ -249,7 +260,11 @@ class RayCluster:
                 raise ResourceError(unreachable(settings.address, error)) from error
         self._has_devices = ray.cluster_resources().get("GPU", 0) > 0
 
+    def begin_run(self) -> None:
+        self._in_use.clear()
+
     def worker(self, key: Hashable, name: str, target: str, *args: Any, seat: Seat, **kwargs: Any) -> Handle:
+        self._in_use.add(seat.group)
         if key not in self._workers or not self._workers[key].is_alive:
             self._clear(name, seat)
             self._workers[key] = self._start(name, target, args, kwargs, seat)
@@ -258,21 +273,34 @@ class RayCluster:
     def _clear(self, name: str, seat: Seat) -> None:
         """Stop what an earlier run of this process left in the seat: a worker of the same part that this run cannot use."""
         group = self._groups.get(seat.group)
-        is_other_shape = group is not None and group.shape != shape(seat)
+        if group is not None and group.shape != shape(seat):
+            self._give_up(seat.group)
+        self._stop(lambda handle: handle.seat.group == seat.group and handle.name == name)
+
+    def _make_room(self) -> bool:
+        """Give up a group of earlier runs in which this run has no seat; False where there is none."""
+        idle = next((group for group in self._groups if group not in self._in_use), None)
+        if idle is not None:
+            self._give_up(idle)
+        return idle is not None
+
+    def _give_up(self, group: str) -> None:
+        self._stop(lambda handle: handle.seat.group == group)
+        self._groups.pop(group).remove()
+
+    def _stop(self, is_meant: Callable[[RayHandle], bool]) -> None:
         for key, handle in list(self._workers.items()):
-            if handle.seat.group == seat.group and (is_other_shape or handle.name == name):
+            if is_meant(handle):
                 if handle.is_alive:
                     handle.kill()
                 del self._workers[key]
-        if is_other_shape:
-            self._groups.pop(seat.group).remove()
 
     def _start(self, name: str, target: str, args: tuple, kwargs: dict, seat: Seat) -> RayHandle:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         if seat.group not in self._groups:
-            self._groups[seat.group] = Group.reserve(seat, name, has_devices=self._has_devices)
+            self._groups[seat.group] = Group.reserve(seat, name, has_devices=self._has_devices, make_room=self._make_room)
         threads = str(len(core_share(seat.share)))
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
         # A tensor-parallel engine's devices belong to the workers that vLLM places in its bundles, not to the engine's own actor.

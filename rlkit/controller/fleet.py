@@ -16,6 +16,7 @@ from rlkit.controller.cluster import START_DEADLINE_S, Cluster
 from rlkit.controller.dispatch import Dispatcher, Ticket
 from rlkit.controller.placement import engine_seat, rank_seat, scorer_seat
 from rlkit.controller.turns import Turns
+from rlkit.core.loss import Knobs
 from rlkit.core.reduce import Denominators
 from rlkit.data.collate import split_ranks
 from rlkit.data.models.loading import resolve
@@ -156,7 +157,7 @@ class Learners:
         self._turns = turns
         turns.add_learner(self._handles)
 
-    def update(self, batch: TrainBatch, *, divergence_coef: float | None, entropy_coef: float | None) -> StepStats:
+    def update(self, batch: TrainBatch, knobs: Knobs) -> StepStats:
         """One optimiser step; its denominators are counted here, before the rows are dealt out."""
         self._turns.learn()
         masks = self._strategy.masks(response_mask=batch.response_mask, keep=batch.policy_mask, rewards=batch.rewards)
@@ -165,7 +166,7 @@ class Learners:
         }
         stats: list[StepStats] = wait(
             [
-                handle.call("update", part, denominators=denominators, divergence_coef=divergence_coef, entropy_coef=entropy_coef)
+                handle.call("update", part, denominators=denominators, knobs=knobs)
                 for handle, part in zip(self._handles, split_ranks(batch, len(self._handles)), strict=True)
             ],
             self._deadline_s,
@@ -174,23 +175,24 @@ class Learners:
         parts = [{k: v for k, v in s.metrics.items() if i == 0 or k not in shared} for i, s in enumerate(stats)]
         return StepStats(metrics=merge(parts), skipped=stats[0].skipped)
 
-    def logprobs(self, batch: TrainBatch) -> Tensor:
-        """[B, T] under the current weights."""
-        return self._per_token("logprobs", batch)
+    def measure(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """What the strategies need of the present policy: fields of TrainBatch [B, T], among them always old_logprobs."""
+        return self._per_token("measure", batch)
 
-    def values(self, batch: TrainBatch) -> Tensor:
-        """[B, T]: the critic's."""
+    def values(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """The critic's, as a field of TrainBatch [B, T]."""
         return self._per_token("values", batch)
 
-    def _per_token(self, method: str, batch: TrainBatch) -> Tensor:
+    def _per_token(self, method: str, batch: TrainBatch) -> dict[str, Tensor]:
         self._turns.learn()
-        out = torch.zeros(batch.response_mask.shape)
+        out: dict[str, Tensor] = {}
         position = {sample_id: row for row, sample_id in enumerate(batch.sample_ids)}
         parts = split_ranks(batch, len(self._handles))
         pending = [handle.call(method, part) for handle, part in zip(self._handles, parts, strict=True)]
-        for part, values in zip(parts, wait(pending, self._deadline_s), strict=True):
+        for part, found in zip(parts, wait(pending, self._deadline_s), strict=True):
             rows = torch.tensor([position[sample_id] for sample_id in part.sample_ids], dtype=torch.int64)
-            out[rows, : values.shape[1]] = values
+            for name, values in found.items():
+                out.setdefault(name, torch.zeros(batch.response_mask.shape))[rows, : values.shape[1]] = values
         return out
 
     def set_reference_head(self, head: np.ndarray) -> None:

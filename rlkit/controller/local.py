@@ -47,6 +47,9 @@ class InProcessCluster:
     def __init__(self):
         self._workers: dict[Hashable, LocalHandle] = {}
 
+    def begin_run(self) -> None:
+        """There is room for all."""
+
     def worker(self, key: Hashable, name: str, target: str, *args: Any, seat: Seat, **kwargs: Any) -> Handle:
         if key not in self._workers:
             module, cls = target.split(":")

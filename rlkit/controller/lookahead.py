@@ -22,7 +22,7 @@ class Lookahead:
     def __init__(
         self,
         submit: Callable[[int], Submitted],
-        collect: Callable[[Submitted], Sampled],
+        collect: Callable[[int, Submitted], Sampled],
         *,
         num_steps: int,
         max_staleness: int,
@@ -32,7 +32,7 @@ class Lookahead:
         self._submit, self._collect = submit, collect
         self._num_steps, self._max_staleness = num_steps, max_staleness
         self._batches: dict[int, Future[Sampled]] = {}
-        self._waiting: queue.SimpleQueue[tuple[Future[Sampled], Submitted] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[int, Future[Sampled], Submitted] | None] = queue.SimpleQueue()
         for step, sampled in (ready or {}).items():
             self._batches[step] = Future()
             self._batches[step].set_result(sampled)
@@ -42,11 +42,11 @@ class Lookahead:
     def take(self, step: int) -> Sampled:
         """The step's batch; what may be sampled from now on is started first."""
         if not self._max_staleness:
-            return self._collect(self._submit(step))
+            return self._collect(step, self._submit(step))
         for later in range(step, min(step + self._max_staleness, self._num_steps) + 1):
             if later not in self._batches:
                 self._batches[later] = Future()
-                self._waiting.put((self._batches[later], self._submit(later)))
+                self._waiting.put((later, self._batches[later], self._submit(later)))
         batch = self._batches[step]
         while not batch.done():  # in short waits, because a signal cannot interrupt a long one
             wait_briefly(batch)
@@ -64,9 +64,9 @@ class Lookahead:
     def _serve(self) -> None:
         """One batch after the other, so that the reward function meets them in order."""
         while (item := self._waiting.get()) is not None:
-            batch, submitted = item
+            step, batch, submitted = item
             try:
-                batch.set_result(self._collect(submitted))
+                batch.set_result(self._collect(step, submitted))
             except Exception as error:  # raised again where the batch is taken
                 batch.set_exception(error)
 

@@ -17,17 +17,19 @@ from rlkit.controller.checkpoint import checkpoint_folder, newest_valid, prune, 
 from rlkit.controller.clock import Clock
 from rlkit.controller.cluster import Cluster
 from rlkit.controller.evaluate import Evaluation, evaluate, gain
+from rlkit.controller.feed import Feed
 from rlkit.controller.filtering import rollout_metrics, trainable
 from rlkit.controller.fleet import Engines, Learners, ReferenceScorer, weight_transport
 from rlkit.controller.lookahead import Lookahead
 from rlkit.controller.preemption import Preemption, StopRequested
-from rlkit.controller.preparation import choose, correct, shaped_rewards, with_effective_sample_size
-from rlkit.controller.progress import Coefficients, Progress
-from rlkit.controller.sampling import Sampled, Sampler, Submitted
+from rlkit.controller.preparation import choose, correct, filtered, narrow, weigh, with_advantages, with_effective_sample_size
+from rlkit.controller.progress import Progress
+from rlkit.controller.sampling import Sampled, Sampler
 from rlkit.controller.tracking import Tracker
 from rlkit.controller.turns import ByTurns, SideBySide
+from rlkit.core.loss import Knobs
 from rlkit.core.selectors import covariance_metrics
-from rlkit.data.collate import collate, group_index, minibatches, response_mask
+from rlkit.data.collate import collate, minibatches, truncated
 from rlkit.data.models.loading import context_length, load_tokenizer, resolve, stop_token_ids
 from rlkit.data.models.lora import adapted_shapes
 from rlkit.data.order import PromptOrder
@@ -40,6 +42,7 @@ from rlkit.types import Rollout, SamplingSpec, TrainBatch
 from rlkit.workers.weight_sync import TOLERANCES, SyncReport, Transport, sync_weights
 
 MAX_FAILED_SAVES = 2  # in a row
+PROBE_TOKENS = 32  # of a sync check's sequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +75,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         )
         fingerprint = prompts.fingerprint()
         found, passed_over = newest_valid(run_dir) if resume else (None, [])
-        progress = Progress(coefficients=Coefficients.start(config))
+        progress = Progress.start(config)
         if found is not None:
             progress = Progress.from_json(found.progress, config, fingerprint)
         resume_after = (progress.step if found else -1) if resume else None
@@ -82,6 +85,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         if resume:
             tracker.message(f"Going on after step {progress.step}." if found else "Nothing was saved yet: starting with step 1.")
         preemption = stack.enter_context(Preemption())
+        cluster.begin_run()
         turns = ByTurns() if config.placement is Placement.colocated else SideBySide()
         engines, learner = Engines(config, cluster, turns), Learners(config, cluster, turns)
         stack.callback(engines.close)
@@ -89,15 +93,22 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         if found is not None:
             learner.restore(str(found.folder.resolve()))
         sampler = Sampler(engines=engines, rewards=rewards, tokenizer=tokenizer, seed=config.seed)
-        sampling, order = config.sampling(stops), PromptOrder(len(prompts.train), config.seed)
+        sampling = config.sampling(stops)
 
-        def submit(step: int) -> Submitted:
-            drawn = order.take((step - 1) * config.prompts_per_step, config.prompts_per_step)
-            return sampler.submit(f"step-{step}", [prompts.train[index] for index in drawn], config.group_size, sampling)
+        def drawn_before(step: int) -> int:  # the steps between now and then draw one batch each
+            return run.progress.prompts_drawn + (step - run.progress.step - 1) * config.prompts_per_step
 
+        feed = Feed(
+            config=config,
+            prompts=prompts,
+            order=PromptOrder(len(prompts.train), config.seed),
+            sampler=sampler,
+            sampling=sampling,
+            drawn_before=drawn_before,
+        )
         ahead = Lookahead(
-            submit,
-            sampler.collect,
+            feed.submit,
+            feed.collect,
             num_steps=config.num_steps,
             max_staleness=config.max_staleness,
             ready=read_ahead(found.folder) if found else {},
@@ -194,12 +205,13 @@ class Run:
         advantages: Tensor | None = None
         if rollouts:
             with clock.time("score"):
-                batch, advantages = self.prepare(rollouts)
+                batch, prepared = self.prepare(rollouts)
+            advantages = batch.advantages
             with clock.time("learn"):
-                metrics |= self.learn(step, batch)
+                metrics |= prepared | self.learn(step, batch) | self.progress.coefficients.metrics(self.config)
         else:
             self.tracker.message(f"Step {step}: no group has enough scored samples, so nothing was learnt from it.")
-        self.progress.step = step
+        self.progress.step, self.progress.prompts_drawn = step, self.progress.prompts_drawn + sampled.num_prompts
         report = self.sync()
         clock.add("sync", report.sync_s)
         clock.add("sync_check", report.check_s)
@@ -233,51 +245,61 @@ class Run:
             raise WorkerError(f"A token of step {self.progress.step + 1} is {behind.max()} versions old; max_staleness={bound}.")
         return {"staleness/mean": float(behind.mean()), "staleness/max": float(behind.max())} if bound else {}
 
-    def prepare(self, rollouts: Sequence[Rollout]) -> tuple[TrainBatch, Tensor]:
-        """Advantages [B, T] over the whole batch of rollouts, and the reference's scores where a strategy needs them."""
-        config, mask = self.config, response_mask(rollouts)
+    def prepare(self, rollouts: Sequence[Rollout]) -> tuple[TrainBatch, dict[str, float]]:
+        """A batch of rollouts with all that is known before it is trained on: what reference, policy and critic say of it,
+        advantages, and which tokens train."""
+        config = self.config
         scores = None if self.reference is None else self.reference.score(rollouts)
         batch = collate(
             rollouts,
             ref_logprobs=None if scores is None else scores.logprobs,
             ref_hidden=None if scores is None else scores.hidden,
         )
-        values = self.learner.values(batch) if "values" in config.needs else None
-        estimate = config.advantage(
-            token_rewards=shaped_rewards(config, rollouts), response_mask=mask, group_ids=group_index(rollouts), values=values
-        )
-        batch = replace(batch, advantages=estimate.advantages, old_values=values, returns=estimate.returns)
-        return batch, estimate.advantages
+        if config.measures_policy:
+            batch = replace(batch, **self.learner.measure(batch))
+        if config.max_staleness and "proximal_logprobs" not in config.needs:
+            # The ratio is to the policy that sampled, which is not the present one.
+            batch = replace(batch, old_logprobs=batch.rollout_logprobs)
+        if "values" in config.needs:
+            batch = replace(batch, **self.learner.values(batch))
+        batch, metrics = with_advantages(config, batch, rollouts)
+        batch, dropped = filtered(config, batch, truncated(rollouts))
+        self.progress = self.progress.having_seen(config, batch)
+        return batch, metrics | dropped | self.progress.metrics(config)
 
     def learn(self, step: int, batch: TrainBatch) -> dict[str, float]:
         """Every optimiser step on one batch of rollouts."""
         config = self.config
-        if config.needs & {"proximal_logprobs", "old_pass"}:
-            batch = replace(batch, old_logprobs=self.learner.logprobs(batch))
-        elif config.max_staleness:  # the ratio is to the policy that sampled, which is not the present one
-            batch = replace(batch, old_logprobs=batch.rollout_logprobs)
-        elif config.optimizer_steps_per_step > 1:
-            batch = replace(batch, old_logprobs=self.learner.logprobs(batch))
         parts: list[dict[str, Metric]] = []
         for epoch in range(config.epochs_per_batch):
             order_seed = (config.seed << 32) + step * config.epochs_per_batch + epoch
             for number, part in enumerate(minibatches(batch, config.optimizer_steps_per_batch, seed=order_seed)):
                 part, corrected = correct(config.correction, part)
+                part = narrow(part)
+                part, weighed = weigh(config.token_weight, part)
                 part, selected = choose(config.selector, part, seed=order_seed + (number << 40))
-                coefficients = self.progress.coefficients
-                stats = self.learner.update(
-                    part,
-                    divergence_coef=coefficients.divergence and coefficients.divergence.coef,
-                    entropy_coef=coefficients.entropy and coefficients.entropy.coef,
-                )
-                parts.append(stats.metrics | corrected | selected)
+                stats = self.learner.update(part, self.knobs(part, is_first=epoch == number == 0))
+                parts.append(stats.metrics | corrected | weighed | selected)
                 if stats.skipped:
                     self.dump(f"step_{step:06d}-{epoch}-{number}", part)
                 else:
-                    self.progress.coefficients = coefficients.update(config, stats.metrics, part.num_rows)
+                    self.progress.coefficients = self.progress.coefficients.update(config, stats.metrics, part.num_rows)
         sampled = batch.rollout_logprobs if batch.old_logprobs is None else batch.old_logprobs
         metrics = covariance_metrics(logprobs=sampled, advantages=batch.advantages, response_mask=batch.response_mask)
-        return metrics | self.progress.coefficients.metrics(config) | with_effective_sample_size(values(merge(parts)))
+        return metrics | with_effective_sample_size(values(merge(parts)))
+
+    def knobs(self, part: TrainBatch, *, is_first: bool) -> Knobs:
+        """What is decided about an optimiser step outside its loss. `is_first`: on this batch, so that the policy is still the
+        one that was measured before it."""
+        progress, nucleus_entropy = self.progress, part.old_nucleus_entropy
+        if nucleus_entropy is not None and not is_first:
+            nucleus_entropy = self.learner.measure(part)["old_nucleus_entropy"]
+        return Knobs(
+            divergence_coef=progress.divergence_coef(self.config),
+            entropy_coef=progress.coefficients.entropy and progress.coefficients.entropy.coef,
+            entropy_state=progress.entropy,
+            entropy_measured=self.config.entropy.measure(nucleus_entropy=nucleus_entropy, response_mask=part.response_mask),
+        )
 
     def dump(self, name: str, batch: TrainBatch) -> None:
         """Keep the batch of a non-finite step for whoever has to find the cause."""
@@ -300,12 +322,13 @@ class Run:
             )
 
     def probes(self) -> list[tuple[int, ...]]:
-        """Token sequences that sync checks score: real prompts, and random tokens, which no cache and no habit predicts."""
-        real = [prompt.prompt_ids for prompt in self.prompts.train[:8] if len(prompt.prompt_ids) > 1]
+        """Token sequences that sync checks score: the beginnings of real prompts, and random tokens, which no cache and no habit
+        predicts. Few and short: both sides score them in every step."""
+        length = min(PROBE_TOKENS, self.config.max_model_tokens - 1)
+        real = [prompt.prompt_ids[:length] for prompt in self.prompts.train[:64] if len(prompt.prompt_ids) > 1]
         vocabulary = sorted({token for prompt in self.prompts.train[:256] for token in prompt.prompt_ids})
-        length = min(32, self.config.max_model_tokens - 1)
         draws = np.random.Generator(np.random.Philox(key=self.config.seed)).choice(vocabulary, (2, length))
-        return [*real, *(tuple(int(token) for token in row) for row in draws)]
+        return [*real[:2], *(tuple(int(token) for token in row) for row in draws)]
 
     def evaluation_is_due(self) -> bool:
         settings, progress = self.config.evaluation, self.progress

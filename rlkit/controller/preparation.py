@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from rlkit.config import RunConfig
+from rlkit.core.copo import answer_entropy
 from rlkit.core.ratios import Correction, correction_metrics, effective_fraction
-from rlkit.core.selectors import Selector
-from rlkit.data.collate import token_rewards
+from rlkit.core.selectors import NoTokenFilter, Selector
+from rlkit.core.shaping import without_truncated
+from rlkit.core.weights import TokenWeight
+from rlkit.data.collate import group_index, token_rewards
 from rlkit.metrics import Max, Mean, Metric, Min
 from rlkit.types import Rollout, TrainBatch
 
@@ -24,6 +27,29 @@ def shaped_rewards(config: RunConfig, rollouts: Sequence[Rollout]) -> Tensor:
     if gained is not None:
         rewards[torch.arange(len(rollouts)), (lengths - 1).clamp(min=0)] += gained
     return rewards
+
+
+def with_advantages(config: RunConfig, batch: TrainBatch, rollouts: Sequence[Rollout]) -> tuple[TrainBatch, dict[str, float]]:
+    """A batch of rollouts with its advantages [B, T], and what goes with them: a critic's targets, weights, a second advantage."""
+    assert batch.rewards is not None  # collate put them there
+    groups, mask = group_index(rollouts), batch.response_mask
+    estimate = config.advantage(
+        token_rewards=shaped_rewards(config, rollouts), response_mask=mask, group_ids=groups, values=batch.old_values
+    )
+    advantages, metrics = estimate.advantages, {}
+    given = {"response_mask": mask, "rewards": batch.rewards, "group_ids": groups}
+    if (weights := config.advantage_weights(advantages=advantages, **given)) is not None:
+        advantages = advantages * weights.unsqueeze(-1)
+        metrics |= {"advantage_weights/mean": float(weights.mean()), "advantage_weights/max": float(weights.max())}
+    of_divergence = config.divergence_weights(advantages=advantages, **given)
+    if of_divergence is not None:
+        metrics["divergence_weights/mean"] = float(of_divergence.mean())
+    batch = replace(batch, advantages=advantages, returns=estimate.returns, divergence_weight=of_divergence)
+    entropy = answer_entropy(config.prompt_advantage.answers([rollout.text for rollout in rollouts]), groups)
+    if (blend := config.prompt_advantage(advantages=advantages, entropy=entropy, **given)) is not None:
+        metrics |= {"copo/h_mean": float(entropy.mean()), "copo/s_mean": float(blend.weight.mean())}
+        batch = replace(batch, prompt_advantages=blend.advantages, local_weight=blend.weight)
+    return batch, metrics
 
 
 def correct(correction: Correction, batch: TrainBatch) -> tuple[TrainBatch, dict[str, Metric]]:
@@ -43,6 +69,65 @@ def correct(correction: Correction, batch: TrainBatch) -> tuple[TrainBatch, dict
         name: Min(value) for name, value in found.minima.items()
     }
     return replace(batch, policy_weight=weights.weight, policy_mask=weights.keep), metrics
+
+
+def filtered(config: RunConfig, batch: TrainBatch, truncated: Tensor) -> tuple[TrainBatch, dict[str, float]]:
+    """A batch of rollouts with the tokens that are trained on, and the share that is not. Advantages stay as they are.
+
+    truncated: [B] bool, responses that ran into the token limit.
+    """
+    mask = batch.response_mask
+    keep = mask
+    if not isinstance(config.token_filter, NoTokenFilter):
+        assert batch.old_logprobs is not None  # such a filter needs old_pass or more
+        keep = config.token_filter(
+            old_logprobs=batch.old_logprobs,
+            rollout_logprobs=batch.rollout_logprobs,
+            advantages=batch.advantages,
+            response_mask=mask,
+            entropy=batch.old_entropy,
+            expected_score=batch.old_expected_score,
+        )
+    if config.mask_truncated:
+        keep = keep & without_truncated(mask, truncated)
+    if keep is mask:
+        return batch, {}
+    return replace(batch, train_mask=keep), {"filter/dropped_fraction": float((mask & ~keep).sum() / mask.sum().clamp(min=1))}
+
+
+def narrow(batch: TrainBatch) -> TrainBatch:
+    """The batch of one optimiser step without the tokens that a filter dropped: they leave every term and denominator.
+
+    After the correction, whose statistics are of all that was sampled.
+    """
+    if batch.train_mask is None:
+        return batch
+    keep = None if batch.policy_mask is None else batch.policy_mask & batch.train_mask
+    return replace(batch, response_mask=batch.train_mask, policy_mask=keep, train_mask=None)
+
+
+def weigh(token_weight: TokenWeight, batch: TrainBatch) -> tuple[TrainBatch, dict[str, Metric]]:
+    """The batch of one optimiser step with its tokens' weights, where they are about the whole step."""
+    if not token_weight.whole_batch:
+        return batch, {}
+    assert batch.old_logprobs is not None  # such a weight needs old_pass or more
+    weight = token_weight(
+        logprobs=batch.old_logprobs,
+        old_logprobs=batch.old_logprobs,
+        advantages=batch.advantages,
+        response_mask=batch.response_mask,
+        entropy=batch.old_entropy,
+        expected_score=batch.old_expected_score,
+    )
+    if weight is None:
+        return batch, {}
+    count = float(batch.response_mask.sum())
+    found = weight[batch.response_mask]
+    metrics: dict[str, Metric] = {} if not count else {"token_weight/mean": Mean(float(found.double().sum()), count)}
+    metrics |= {} if not count else {"token_weight/min": Min(float(found.min())), "token_weight/max": Max(float(found.max()))}
+    whole = weight if batch.policy_weight is None else weight * batch.policy_weight
+    keep = batch.response_mask if batch.policy_mask is None else batch.policy_mask
+    return replace(batch, policy_weight=whole, policy_mask=keep), metrics
 
 
 def choose(selector: Selector, batch: TrainBatch, seed: int) -> tuple[TrainBatch, dict[str, Metric]]:

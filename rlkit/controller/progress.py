@@ -9,9 +9,11 @@ from rlkit.config import RunConfig
 from rlkit.controller.evaluate import Evaluation
 from rlkit.core.control import ControlState, Fixed
 from rlkit.core.divergences import FDivergence
-from rlkit.core.entropy import EntropyBonus
+from rlkit.core.entropy import EntropyState, NoEntropy
+from rlkit.core.safe import NoSafeguard, SafeState
 from rlkit.errors import DataError
 from rlkit.metrics import Metric
+from rlkit.types import TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +28,7 @@ class Coefficients:
         divergence, entropy = config.divergence, config.entropy
         return cls(
             divergence=config.control.initial(divergence.coef, sign=-1) if isinstance(divergence, FDivergence) else None,
-            entropy=config.control.initial(entropy.coef, sign=1) if isinstance(entropy, EntropyBonus) else None,
+            entropy=None if isinstance(entropy, NoEntropy) else config.control.initial(getattr(entropy, "coef", 1.0), sign=1),
         )
 
     def restored(self, stored: dict[str, Any]) -> Coefficients:
@@ -61,13 +63,56 @@ class Progress:
     """A run between two steps."""
 
     coefficients: Coefficients
+    entropy: EntropyState  # what the entropy term remembers
+    safeguard: SafeState  # and the safeguard
     step: int = 0  # finished
+    prompts_drawn: int = 0  # by the finished steps
     before: Evaluation | None = None  # the first evaluation
     after: Evaluation | None = None  # the newest
     evaluated_at: int = -1  # step of the newest evaluation
     saved_at: int = -1  # step of the newest checkpoint
     best_step: int | None = None  # of the checkpoints, the one with the best held-out reward
     best_reward: float | None = None
+
+    @classmethod
+    def start(cls, config: RunConfig) -> Progress:
+        """Before the first step."""
+        return cls(coefficients=Coefficients.start(config), entropy=config.entropy.initial(), safeguard=config.safeguard.initial())
+
+    def having_seen(self, config: RunConfig, batch: TrainBatch) -> Progress:
+        """With what strategies remember of a batch of rollouts, before it is trained on."""
+        entropy = config.entropy.update(
+            self.entropy,
+            response_mask=batch.response_mask,
+            entropy=batch.old_entropy,
+            nucleus_entropy=batch.old_nucleus_entropy,
+            turns=batch.turns,
+        )
+        safeguard = self.safeguard
+        if not isinstance(config.safeguard, NoSafeguard):
+            assert batch.old_logprobs is not None  # a safeguard's needs name them
+            assert batch.ref_logprobs is not None
+            assert batch.old_entropy is not None
+            assert batch.rewards is not None
+            mask = batch.response_mask
+            by_row = batch.old_entropy.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+            safeguard = config.safeguard.update(
+                safeguard,
+                kl=float((batch.old_logprobs - batch.ref_logprobs)[mask].mean()),
+                entropy=float(by_row.mean()),
+                reward=float(batch.rewards.mean()),
+            )
+        return replace(self, entropy=entropy, safeguard=safeguard)
+
+    def divergence_coef(self, config: RunConfig) -> float | None:
+        """What multiplies the divergence term now: its controller's coefficient and what the safeguard adds. None: no term."""
+        state = self.coefficients.divergence
+        return None if state is None else state.coef + config.safeguard.coef(self.safeguard)
+
+    def metrics(self, config: RunConfig) -> dict[str, float]:
+        """What strategies remember."""
+        safeguard = {f"safe/{name}": value for name, value in config.safeguard.metrics(self.safeguard).items()}
+        return config.entropy.metrics(self.entropy) | safeguard
 
     def note_best(self) -> None:
         """This step is about to be saved: is it the best saved so far?"""
@@ -82,7 +127,10 @@ class Progress:
         return {
             "fingerprint": fingerprint,
             "step": self.step,
+            "prompts_drawn": self.prompts_drawn,
             "coefficients": asdict(self.coefficients),
+            "entropy": asdict(self.entropy),
+            "safeguard": asdict(self.safeguard),
             "before": None if self.before is None else self.before.to_json(),
             "after": None if self.after is None else self.after.to_json(),
             "evaluated_at": self.evaluated_at,
@@ -101,5 +149,13 @@ class Progress:
                 "new run from the checkpoint with model.path."
             )
         evaluations = {name: stored[name] and Evaluation.from_json(stored[name]) for name in ("before", "after")}
-        plain = {name: stored[name] for name in ("step", "evaluated_at", "saved_at", "best_step", "best_reward")}
-        return cls(coefficients=Coefficients.start(config).restored(stored["coefficients"]), **evaluations, **plain)
+        plain = {name: stored[name] for name in ("step", "prompts_drawn", "evaluated_at", "saved_at", "best_step", "best_reward")}
+        start = cls.start(config)
+        return replace(
+            start,
+            coefficients=start.coefficients.restored(stored["coefficients"]),
+            entropy=replace(start.entropy, **stored["entropy"]),
+            safeguard=replace(start.safeguard, **stored["safeguard"]),
+            **evaluations,
+            **plain,
+        )

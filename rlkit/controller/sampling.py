@@ -30,11 +30,12 @@ class Sampled:
     rollouts: list[Rollout]
     generate_s: float
     reward_s: float
+    num_prompts: int  # drawn for it
 
     @classmethod
     def again(cls, rollouts: list[Rollout]) -> Sampled:
         """Rollouts that an earlier process paid for."""
-        return cls(rollouts=rollouts, generate_s=0.0, reward_s=0.0)
+        return cls(rollouts=rollouts, generate_s=0.0, reward_s=0.0, num_prompts=len({rollout.group_id for rollout in rollouts}))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,7 +81,12 @@ class Sampler:
             single_turn_rollout(prompt, completion, result, group_id=group, text=text)
             for prompt, completion, result, group, text in zip(submitted.owners, completions, results, groups, texts, strict=True)
         ]
-        return Sampled(rollouts=rollouts, generate_s=generated - submitted.started, reward_s=time.monotonic() - generated)
+        return Sampled(
+            rollouts=rollouts,
+            generate_s=generated - submitted.started,
+            reward_s=time.monotonic() - generated,
+            num_prompts=len(set(groups)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

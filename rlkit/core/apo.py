@@ -19,11 +19,12 @@ class ResponseWeights(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
-    def __call__(self, *, advantages: Tensor, response_mask: Tensor, correct: Tensor, group_ids: Tensor) -> Tensor | None:
+    def __call__(self, *, advantages: Tensor, response_mask: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor | None:
         """What multiplies each response, [B], without a gradient; None leaves all as they are.
 
-        advantages, response_mask (bool): [B, T]; correct: [B] bool; group_ids: [B] int64, equal for responses to one prompt.
-        Takes a whole batch of rollouts, as advantages do. A row without a response token counts in no group and weighs 1.
+        advantages, response_mask (bool): [B, T]; rewards: [B], as the reward function gave them; group_ids: [B] int64, equal for
+        responses to one prompt. Takes a whole batch of rollouts, as advantages do. A row without a response token counts in no
+        group and weighs 1.
         """
 
 
@@ -31,7 +32,7 @@ class ResponseWeights(ABC):
 class NoResponseWeights(ResponseWeights):
     """Every response weighs the same."""
 
-    def __call__(self, *, advantages: Tensor, response_mask: Tensor, correct: Tensor, group_ids: Tensor) -> None:
+    def __call__(self, *, advantages: Tensor, response_mask: Tensor, rewards: Tensor, group_ids: Tensor) -> None:
         """Leaves all as they are."""
 
 
@@ -48,11 +49,11 @@ class DifficultyAdaptiveDivergence(ResponseWeights):
     response becomes right. Source: APO's code (Indolent-Kawhi/View-R1), with k3 as the divergence.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"correct"})
+    correct_at: float = 1.0  # a response with this reward or more is right
 
-    def __call__(self, *, advantages: Tensor, response_mask: Tensor, correct: Tensor, group_ids: Tensor) -> Tensor:
+    def __call__(self, *, advantages: Tensor, response_mask: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
         """[B], in (0, 1]."""
-        first, groups, num_correct = _outline(advantages, response_mask, correct, group_ids)
+        first, groups, num_correct = _outline(advantages, response_mask, rewards >= self.correct_at, group_ids)
         relaxed = -torch.expm1(-math.e * (num_correct / groups.size.clamp(min=1)))
         mixed = (num_correct > 0) & (num_correct < groups.size)
         return torch.where(groups.member & mixed & (first > 0), relaxed, 1.0)
@@ -70,7 +71,7 @@ class TrajectoryComplexity(ResponseWeights):
     only_negative, rlkit's own, leaves it alone. With the default base 1000 tokens of excess weigh 1 %.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"correct"})
+    correct_at: float = 1.0  # a response with this reward or more is right
     base: float = 1.00001  # above 1; how fast the weight approaches 2
     only_negative: bool = True  # whether only responses with a negative advantage are weighed; false: as in the code
 
@@ -78,8 +79,9 @@ class TrajectoryComplexity(ResponseWeights):
         if not 1 <= self.base < math.inf:
             raise ConfigError(f"advantage_weights.base={self.base}: write 1 (no weights) or a little more; 1.00001 is usual.")
 
-    def __call__(self, *, advantages: Tensor, response_mask: Tensor, correct: Tensor, group_ids: Tensor) -> Tensor:
+    def __call__(self, *, advantages: Tensor, response_mask: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
         """[B], in [1, 2)."""
+        correct = rewards >= self.correct_at
         first, groups, num_correct = _outline(advantages, response_mask, correct, group_ids)
         lengths = response_mask.sum(-1).to(first.dtype)
         right = groups.sum(lengths.masked_fill(~(groups.member & correct), 0.0)) / num_correct.clamp(min=1)

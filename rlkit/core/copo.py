@@ -1,6 +1,7 @@
 """A second advantage that compares prompts, for those whose responses teach nothing when compared with each other (COPO)."""
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -39,6 +40,10 @@ class PromptAdvantage(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
+    def answers(self, texts: Sequence[str]) -> list[str | None]:
+        """What each response answers, for `answer_entropy`; None for one that gives no answer."""
+
+    @abstractmethod
     def __call__(
         self, *, advantages: Tensor, rewards: Tensor, entropy: Tensor, response_mask: Tensor, group_ids: Tensor
     ) -> Blend | None:
@@ -52,6 +57,10 @@ class PromptAdvantage(ABC):
 @dataclass(kw_only=True, slots=True)
 class NoPromptAdvantage(PromptAdvantage):
     """Responses are compared with those to the same prompt alone."""
+
+    def answers(self, texts: Sequence[str]) -> list[str | None]:
+        """Nobody asks."""
+        return [None] * len(texts)
 
     def __call__(self, *, advantages: Tensor, rewards: Tensor, entropy: Tensor, response_mask: Tensor, group_ids: Tensor) -> None:
         """No second advantage."""
@@ -91,7 +100,7 @@ class COPO(PromptAdvantage):
     are the paper's is not known; only_soft and the plain mean are rlkit's choice.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"answers"})
+    answer_pattern: str = ""  # regular expression; its last match, or that match's first group, is the answer; '': the whole text
     sharpness: float = 5.0  # of the step from prompts to responses
     midpoint: float = 1.0  # bits of entropy at which both count the same
     mode: BlendMode = BlendMode.only_soft
@@ -101,6 +110,21 @@ class COPO(PromptAdvantage):
         for key in ("sharpness", "midpoint"):
             if not math.isfinite(value := getattr(self, key)):
                 raise ConfigError(f"prompt_advantage.{key}={value}: write a finite number; sharpness=5 and midpoint=1 are usual.")
+        try:
+            re.compile(self.answer_pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"prompt_advantage.answer_pattern={self.answer_pattern}: is no regular expression ({error}). Write one such as "
+                r"'####\s*(\S+)', or '' for the whole response."
+            ) from error
+
+    def answers(self, texts: Sequence[str]) -> list[str | None]:
+        """By the pattern, without the spaces around it."""
+        if not self.answer_pattern:
+            return [text.strip() for text in texts]
+        pattern = re.compile(self.answer_pattern)
+        found = [list(pattern.finditer(text)) for text in texts]
+        return [(matches[-1].group(min(pattern.groups, 1)) or "").strip() if matches else None for matches in found]
 
     def __call__(self, *, advantages: Tensor, rewards: Tensor, entropy: Tensor, response_mask: Tensor, group_ids: Tensor) -> Blend:
         """As in the base class."""

@@ -5,14 +5,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rlkit.core.copo import Blend
 from rlkit.core.divergences import Divergence
-from rlkit.core.entropy import EntropyTerm
+from rlkit.core.entropy import EntropyState, EntropyTerm
 from rlkit.core.imitation import Imitation, NoImitation
 from rlkit.core.objectives import Objective, Surrogate
 from rlkit.core.ratios import Correction, Weights
 from rlkit.core.reduce import Aggregation, LossTerm
 from rlkit.core.selectors import Selector
 from rlkit.core.values import Critic, NoCritic, TrainedCritic
+from rlkit.core.weights import NoTokenWeight, TokenWeight
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Knobs:
+    """What is decided about one optimiser step outside its loss: by controllers, and from the batches before."""
+
+    divergence_coef: float | None = None  # None: no such term
+    entropy_coef: float | None = None
+    entropy_state: EntropyState | None = None  # of the batch of rollouts; None: the term remembers nothing
+    entropy_measured: float | None = None  # what the entropy term's `measure` said of the step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +45,7 @@ class Strategy:
     correction: Correction
     divergence: Divergence
     entropy: EntropyTerm
+    token_weight: TokenWeight = field(default_factory=NoTokenWeight)
     aggregation: Aggregation  # of every term but those of imitation and values, which are means over tokens
     imitation: Imitation = field(default_factory=NoImitation)
     critic: Critic = field(default_factory=NoCritic)
@@ -40,7 +53,16 @@ class Strategy:
     @property
     def needs(self) -> frozenset[str]:
         """What must be computed for any of the parts."""
-        parts = (self.objective, self.selector, self.correction, self.divergence, self.entropy, self.imitation, self.critic)
+        parts = (
+            self.objective,
+            self.selector,
+            self.token_weight,
+            self.correction,
+            self.divergence,
+            self.entropy,
+            self.imitation,
+            self.critic,
+        )
         return frozenset().union(*(part.needs for part in parts))
 
     def masks(self, *, response_mask: Tensor, keep: Tensor | None = None, rewards: Tensor | None = None) -> dict[str, Tensor]:
@@ -60,11 +82,14 @@ class Strategy:
         rollout_logprobs: Tensor,
         advantages: Tensor,
         response_mask: Tensor,
-        divergence_coef: float | None,
-        entropy_coef: float | None,
+        knobs: Knobs,
         behaviour_logprobs: Tensor | None = None,
         ref_logprobs: Tensor | None = None,
         entropy: Tensor | None = None,
+        nucleus_entropy: Tensor | None = None,
+        old_entropy: Tensor | None = None,
+        old_expected_score: Tensor | None = None,
+        turns: Tensor | None = None,
         exact_divergence: Tensor | None = None,
         rewards: Tensor | None = None,
         values: Tensor | None = None,
@@ -72,32 +97,42 @@ class Strategy:
         returns: Tensor | None = None,
         weights: Weights | None = None,
         chosen: Tensor | None = None,
+        blend: Blend | None = None,
+        divergence_weight: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> StepTerms:
-        """Objective -> selector -> correction, then the other terms beside them. All tensors [B, T]; rewards [B].
+        """Objective -> blend -> selector -> token weight -> correction, then the other terms beside them.
+
+        All tensors [B, T]; rewards and divergence_weight, which multiplies the divergence of whole responses, [B].
 
         A choice of `none` builds no term; its coefficient is None. The others' coefficients come from their controllers. The
         correction's weight multiplies the policy term only, and only that term loses the tokens it rejects: divergence and
         entropy stay on the whole response_mask. behaviour_logprobs, of the policy that sampled, are old_logprobs unless
         given: pass rollout_logprobs for a stale or replayed batch. weights are the correction's where it was asked about the
-        whole optimiser step, which it must be if it is a `whole_batch` one; so are the selector's chosen tokens. generator is
+        whole optimiser step, which it must be if it is a `whole_batch` one, times a token weight that was asked about it too;
+        so are the selector's chosen tokens. blend brings a second advantage. generator is
         for a selector that chooses within the microbatch.
         """
-        surrogate = self.objective(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, response_mask=response_mask)
-        surrogate = self.selector(
-            surrogate,
-            logprobs=logprobs,
-            old_logprobs=old_logprobs,
-            advantages=advantages,
-            response_mask=response_mask,
-            chosen=chosen,
-            generator=generator,
-        )
+        tokens = {"logprobs": logprobs, "old_logprobs": old_logprobs, "response_mask": response_mask}
+        surrogate = self.objective(advantages=advantages, **tokens)
+        if blend is not None:
+            surrogate = blend(surrogate, self.objective(advantages=blend.advantages, **tokens))
+        surrogate = self.selector(surrogate, advantages=advantages, chosen=chosen, generator=generator, **tokens)
         if weights is None:
             weights = self.correction(old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs, response_mask=response_mask)
         keep, policy_loss = response_mask, surrogate.loss
+        if not self.token_weight.whole_batch:
+            weight = self.token_weight(
+                logprobs=logprobs.detach(),
+                old_logprobs=old_logprobs,
+                advantages=advantages,
+                response_mask=response_mask,
+                entropy=entropy if old_entropy is None else old_entropy,
+                expected_score=old_expected_score,
+            )
+            policy_loss = policy_loss if weight is None else policy_loss * weight
         if weights is not None:
-            keep, policy_loss = weights.keep, surrogate.loss * weights.weight.masked_fill(~weights.keep, 0.0)
+            keep, policy_loss = weights.keep, policy_loss * weights.weight.masked_fill(~weights.keep, 0.0)
         divergence_loss = self.divergence.loss(
             logprobs=logprobs,
             behaviour_logprobs=old_logprobs if behaviour_logprobs is None else behaviour_logprobs,
@@ -107,9 +142,19 @@ class Strategy:
         )
         terms = [self._term("policy", policy_loss, keep, 1.0)]
         if divergence_loss is not None:
-            terms.append(self._term("divergence", divergence_loss, response_mask, divergence_coef))
-        if (entropy_loss := self.entropy.loss(entropy=entropy)) is not None:
-            terms.append(self._term("entropy", entropy_loss, response_mask, entropy_coef))
+            if divergence_weight is not None:
+                divergence_loss = divergence_loss * divergence_weight.unsqueeze(-1)
+            terms.append(self._term("divergence", divergence_loss, response_mask, knobs.divergence_coef))
+        entropy_loss = self.entropy.loss(
+            entropy=entropy,
+            nucleus_entropy=nucleus_entropy,
+            response_mask=response_mask,
+            turns=turns,
+            state=knobs.entropy_state,
+            measured=knobs.entropy_measured,
+        )
+        if entropy_loss is not None:
+            terms.append(self._term("entropy", entropy_loss, response_mask, knobs.entropy_coef, self.entropy.aggregation))
         if rewards is not None:
             imitation = self.imitation.term(logprobs=logprobs, rewards=rewards, response_mask=response_mask)
             terms += [imitation] if imitation is not None else []
@@ -123,6 +168,6 @@ class Strategy:
             )
         return StepTerms(terms=terms, surrogate=surrogate, keep=keep)
 
-    def _term(self, name: str, loss: Tensor, mask: Tensor, coef: float | None) -> LossTerm:
+    def _term(self, name: str, loss: Tensor, mask: Tensor, coef: float | None, aggregation: Aggregation | None = None) -> LossTerm:
         assert coef is not None, f"the {name} term is on: pass {name}_coef"
-        return LossTerm(name=name, loss=loss, mask=mask, coef=coef, aggregation=self.aggregation)
+        return LossTerm(name=name, loss=loss, mask=mask, coef=coef, aggregation=aggregation or self.aggregation)

@@ -108,7 +108,7 @@ class KLPenalty(Safeguard):
     The slope leaves out that the measured KL may be an average over time, of which the present one is only a part.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs"})
+    needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs", "old_pass", "old_entropy"})
     kl_mode: KLMode = KLMode.linearised  # how the penalty reaches the policy: linearised, direct or literal
 
     def update(self, state: SafeState, *, kl: float, entropy: float, reward: float) -> SafeState:
@@ -214,12 +214,12 @@ class EntropyGated(KLPenalty):
     def __post_init__(self):
         for key in ("penalty_coef", "entropy_floor", "kp", "ki", "kd"):
             if not 0 <= (value := getattr(self, key)) < math.inf:
-                raise ConfigError(f"safe.{key}={value}: write a finite value, 0 or more.")
+                raise ConfigError(f"safeguard.{key}={value}: write a finite value, 0 or more.")
         if not 0 < self.low <= self.high < math.inf:
-            raise ConfigError(f"safe.low={self.low}, safe.high={self.high}: write bounds above 0, the lower one first.")
+            raise ConfigError(f"safeguard.low={self.low}, safeguard.high={self.high}: write bounds above 0, the lower one first.")
         for key in ("base_threshold", "target_velocity"):
             if not math.isfinite(value := getattr(self, key)):
-                raise ConfigError(f"safe.{key}={value}: write a finite number.")
+                raise ConfigError(f"safeguard.{key}={value}: write a finite number.")
 
     def initial(self) -> EntropyGatedState:
         """The averages start at 0, and the first batch's reward starts its own."""
@@ -313,7 +313,7 @@ class Asymmetric(KLPenalty):
     def __post_init__(self):
         for key in ("penalty_coef", "threshold", "trend_coef"):
             if not 0 <= (value := getattr(self, key)) < math.inf:
-                raise ConfigError(f"safe.{key}={value}: write a finite value, 0 or more.")
+                raise ConfigError(f"safeguard.{key}={value}: write a finite value, 0 or more.")
 
     def initial(self) -> AsymmetricState:
         """Without a history."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkit.types import Origin, Rollout, Sequences, TrainBatch
+from rlkit.types import FinishReason, Origin, Rollout, Sequences, TrainBatch
 
 
 def pad_rows(rows: Sequence[np.ndarray | Sequence[int]], dtype: torch.dtype, *, width: int | None = None) -> Tensor:
@@ -28,6 +28,11 @@ def response_mask(rollouts: Sequence[Rollout]) -> Tensor:
 def token_rewards(rollouts: Sequence[Rollout]) -> Tensor:
     """[B, T] float32."""
     return pad_rows([rollout.token_rewards for rollout in rollouts], torch.float32)
+
+
+def truncated(rollouts: Sequence[Rollout]) -> Tensor:
+    """[B] bool: responses that the token limit ended."""
+    return torch.tensor([rollout.finish_reason is FinishReason.length for rollout in rollouts], dtype=torch.bool)
 
 
 def group_index(rollouts: Sequence[Rollout]) -> Tensor:
@@ -69,6 +74,7 @@ def collate(
         response_mask=mask,
         advantages=torch.zeros(mask.shape) if advantages is None else advantages,
         rewards=torch.tensor([float("nan") if rollout.reward is None else rollout.reward for rollout in rollouts]),
+        turns=pad_rows([rollout.turn_index for rollout in rollouts], torch.int64, width=width),
         rollout_logprobs=pad_rows([rollout.rollout_logprobs for rollout in rollouts], torch.float32, width=width),
         ref_logprobs=None if ref_logprobs is None else pad_rows(ref_logprobs, torch.float32, width=width),
         ref_hidden=hidden,

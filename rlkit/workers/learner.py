@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -23,8 +23,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlkit.config import RunConfig
+from rlkit.core.copo import Blend
 from rlkit.core.divergences import FDivergence
 from rlkit.core.logprobs import chunk_size
+from rlkit.core.loss import Knobs
 from rlkit.core.ratios import Weights
 from rlkit.core.reduce import Denominators, reduce
 from rlkit.core.values import Backbone, Critic, ExplainedVariance, TrainedCritic
@@ -120,6 +122,8 @@ class Learner:
         """FSDP2, by layer where there are several ranks."""
         # bfloat16 is FSDP's mixed precision, as the engine runs it: parameters are cast once a forward, masters stay float32.
         bf16 = self.config.model.dtype is Dtype.bfloat16
+        if self.rank.count == 1 and not bf16:
+            return  # one rank holds everything anyway, and is up to a tenth faster without the gathers and DTensors
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.rank.count,))
         if self.rank.count > 1:
@@ -155,8 +159,7 @@ class Learner:
         batch: TrainBatch,
         *,
         denominators: Mapping[str, Denominators],
-        divergence_coef: float | None,
-        entropy_coef: float | None,
+        knobs: Knobs,
     ) -> StepStats:
         """One optimiser step on this rank's rows. `denominators` count the whole step over all ranks, for every term its own.
 
@@ -168,10 +171,7 @@ class Learner:
         self.optimizer.param_groups[0]["lr"] = rate  # the critic's is constant
         self.optimizer.zero_grad(set_to_none=True)
         self._num_microbatches = 0  # of this step, so far
-        parts = [
-            self._backward(part, layout, denominators, divergence_coef, entropy_coef)
-            for _, part, layout in self._microbatches(batch)
-        ]
+        parts = [self._backward(part, layout, denominators, knobs) for _, part, layout in self._microbatches(batch)]
         if self.num_updates < getattr(self.config.critic, "warmup_steps", 0):
             for parameter in self.policy_parameters:
                 parameter.grad = None  # the critic learns alone: an optimiser passes over what has no gradient
@@ -218,15 +218,16 @@ class Learner:
         batch: TrainBatch,
         layout: Layout,
         denominators: Mapping[str, Denominators],
-        divergence_coef: float | None,
-        entropy_coef: float | None,
+        knobs: Knobs,
     ) -> dict[str, Metric]:
         statistics = self._forward(batch, layout, gradient=True)
         mask = batch.response_mask
         logprobs = scatter(statistics.logprobs, batch)
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        entropy = None if statistics.entropy is None else scatter(statistics.entropy, batch)
-        exact = None if statistics.divergence is None else scatter(statistics.divergence, batch)
+        entropy, exact, nucleus_entropy = (
+            None if found is None else scatter(found, batch)
+            for found in (statistics.entropy, statistics.divergence, statistics.nucleus_entropy)
+        )
         values = self._values(batch, layout, statistics)
         step = self.strategy.terms(
             logprobs=logprobs,
@@ -234,10 +235,13 @@ class Learner:
             rollout_logprobs=batch.rollout_logprobs,
             advantages=batch.advantages,
             response_mask=mask,
-            divergence_coef=divergence_coef,
-            entropy_coef=entropy_coef,
+            knobs=knobs,
             ref_logprobs=batch.ref_logprobs,
             entropy=entropy,
+            nucleus_entropy=nucleus_entropy,
+            old_entropy=batch.old_entropy,
+            old_expected_score=batch.old_expected_score,
+            turns=batch.turns,
             exact_divergence=exact,
             rewards=batch.rewards,
             values=values,
@@ -245,6 +249,8 @@ class Learner:
             returns=batch.returns,
             weights=correction_of(batch),
             chosen=batch.chosen,
+            blend=blend_of(batch),
+            divergence_weight=batch.divergence_weight,
             generator=torch.Generator().manual_seed(self._microbatch_seed()),
         )
         loss = logprobs.new_zeros(())
@@ -277,26 +283,41 @@ class Learner:
         place = (self.config.seed, self.num_updates, self.rank.index, self._num_microbatches)
         return int.from_bytes(xxhash.xxh3_64_digest(repr(place).encode()), "big") >> 1
 
-    def logprobs(self, batch: TrainBatch) -> Tensor:
-        """Log-probs [B, T] of this rank's rows under the current weights, at the sampling temperature."""
-        out = torch.zeros(batch.response_mask.shape)
-        with self._inference():
-            for rows, part, layout in self._microbatches(batch):
-                values = scatter(self._forward(part, layout, gradient=False).logprobs, part)
-                for index, row in enumerate(rows):
-                    out[row, : values.shape[1]] = values[index]
-        return out
+    def measure(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """What the strategies need of the present policy about this rank's rows, at the sampling temperature: fields of
+        TrainBatch [B, T], 0 on padding, among them always old_logprobs."""
 
-    def values(self, batch: TrainBatch) -> Tensor:
-        """The critic's values [B, T] of the states before this rank's tokens, 0 on padding."""
-        out = torch.zeros(batch.response_mask.shape)
+        def of(part: TrainBatch, layout: Layout) -> dict[str, Tensor]:
+            found = self._forward(part, layout, gradient=False)
+            tensors = {
+                "old_logprobs": found.logprobs,
+                "old_entropy": found.entropy,
+                "old_expected_score": found.expected_score,
+                "old_nucleus_entropy": found.nucleus_entropy,
+            }
+            return {name: scatter(tensor, part) for name, tensor in tensors.items() if tensor is not None}
+
+        return self._per_token(batch, of)
+
+    def values(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """The critic's values of the states before this rank's tokens, as a field of TrainBatch [B, T], 0 on padding."""
+
+        def of(part: TrainBatch, layout: Layout) -> dict[str, Tensor]:
+            statistics = None if self.critic is not None else self._forward(part, layout, gradient=False)
+            found = self._values(part, layout, statistics)
+            assert found is not None  # nobody asks without a critic
+            return {"old_values": found}
+
+        return self._per_token(batch, of)
+
+    def _per_token(self, batch: TrainBatch, of: Callable[[TrainBatch, Layout], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors [B, T] from what `of` says of every microbatch, without a gradient."""
+        out: dict[str, Tensor] = {}
         with self._inference():
             for rows, part, layout in self._microbatches(batch):
-                statistics = None if self.critic is not None else self._forward(part, layout, gradient=False)
-                found = self._values(part, layout, statistics)
-                assert found is not None  # nobody asks without a critic
-                for index, row in enumerate(rows):
-                    out[row, : found.shape[1]] = found[index]
+                for name, values in of(part, layout).items():
+                    whole = out.setdefault(name, torch.zeros(batch.response_mask.shape))
+                    whole[rows, : values.shape[1]] = values
         return out
 
     def _values(self, batch: TrainBatch, layout: Layout, statistics: PolicyOutput | None) -> Tensor | None:
@@ -323,12 +344,14 @@ class Learner:
         with torch.no_grad():
             yield
         for module in (self.policy, self.critic):
-            if module is not None:
-                module.reshard()  # pyright: ignore[reportCallIssue]  # fully_shard made it an FSDPModule
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _forward(self, batch: TrainBatch, layout: Layout, *, gradient: bool) -> PolicyOutput:
-        """Statistics of the batch's response tokens; entropy is always measured when learning, and only then has a cost."""
+        """Statistics of the batch's response tokens; entropy is always measured when learning."""
         config = self.config
+        needs = config.needs
+        has_nucleus = ("nucleus_entropy" if gradient else "old_nucleus_entropy") in needs
         divergence = reference = None
         if gradient and batch.ref_hidden is not None:
             if self.reference_head is None or not isinstance(config.divergence, FDivergence):
@@ -341,8 +364,10 @@ class Learner:
             layout.to(self.device),
             temperature=config.rollout.temperature,
             chunk_tokens=self._chunk_tokens(1 + (divergence is not None)),
-            with_entropy=gradient,
-            entropy_gradient="entropy" in config.needs,
+            with_entropy=gradient or "old_entropy" in needs,
+            entropy_gradient="entropy" in needs,
+            with_expected_score=not gradient and "old_expected_score" in needs,
+            nucleus=config.entropy.nucleus if has_nucleus else None,
             divergence=divergence,
             reference=reference,
         )
@@ -375,12 +400,14 @@ class Learner:
 
     def _groups(self) -> list[list[str]]:
         """Checkpoint names by layer; a tied head is its embedding and appears once, as in `named_parameters`."""
-        return layer_groups(list(lora.checkpoint_weights(self.policy.model)))
+        itemsize = self._dtype.itemsize
+        weights = lora.checkpoint_weights(self.policy.model)
+        return layer_groups({name: weight.numel() * itemsize for name, (weight, _) in weights.items()})
 
     def export_part(self, index: int, version: int) -> WeightPart | None:
         """Part `index` of the weights, in the engine's dtype, on rank 0; the others take part and return None.
 
-        One layer group is whole at a time: a full copy of the model exists on no rank.
+        Only this part is whole at a time: a full copy of a large model exists on no rank.
         """
         names = self._groups()[index]
         weights = lora.checkpoint_weights(self.policy.model)
@@ -595,6 +622,13 @@ def correction_of(batch: TrainBatch) -> Weights | None:
     return Weights(weight=batch.policy_weight, keep=batch.policy_mask)
 
 
+def blend_of(batch: TrainBatch) -> Blend | None:
+    """The second advantage of these rows, if there is one."""
+    if batch.prompt_advantages is None or batch.local_weight is None:
+        return None
+    return Blend(advantages=batch.prompt_advantages, weight=batch.local_weight)
+
+
 def make_optimizer(
     settings: Optimizer, policy: list[nn.Parameter], critic: list[nn.Parameter], critic_settings: Critic
 ) -> torch.optim.Optimizer:
@@ -604,7 +638,7 @@ def make_optimizer(
         groups.append({"params": critic, "lr": critic_settings.learning_rate})
     if isinstance(settings, AdamW):
         return torch.optim.AdamW(
-            groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay
+            groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay, fused=True
         )
     return torch.optim.SGD(groups)
 

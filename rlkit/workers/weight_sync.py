@@ -39,7 +39,7 @@ class PackedTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightPart:
-    """One layer group of one version. Parts bound the memory that a sync needs on both sides."""
+    """Some whole layers of one version. Parts bound the memory that a sync needs on both sides."""
 
     version: int
     tensors: dict[str, PackedTensor]
@@ -75,16 +75,28 @@ def digests(tensors: Mapping[str, PackedTensor]) -> dict[str, str]:
     return {name: digest(packed) for name, packed in tensors.items()}
 
 
-def layer_groups(names: Sequence[str]) -> list[list[str]]:
-    """Checkpoint names grouped by decoder layer, in the model's order; what belongs to no layer comes first.
+PART_BYTES = 64 << 20  # of small layers that travel together: each part is a message
+
+
+def layer_groups(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Checkpoint name -> bytes; the names grouped by decoder layers, in the model's order. What is of no layer comes first.
 
     Engines rebuild a layer once all of it has arrived, so a layer's tensors travel together.
     """
-    groups: dict[int, list[str]] = {}
-    for name in names:
+    layers: dict[int, list[str]] = {}
+    for name in sizes:
         match = re.search(r"\blayers\.(\d+)\.", name)
-        groups.setdefault(int(match.group(1)) if match else -1, []).append(name)
-    return [groups[key] for key in sorted(groups)]
+        layers.setdefault(int(match.group(1)) if match else -1, []).append(name)
+    groups: list[list[str]] = []
+    room = 0
+    for _, names in sorted(layers.items()):
+        size = sum(sizes[name] for name in names)
+        if not groups or size > room:
+            groups.append([])
+            room = PART_BYTES
+        groups[-1] += names
+        room -= size
+    return groups
 
 
 def check_complete(manifest: Manifest, received: Mapping[str, str], expected_names: frozenset[str]) -> None:
@@ -162,7 +174,7 @@ class Transport(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HostTransport:
-    """Implements `Transport` over host memory, one layer group at a time. It works everywhere, and every byte is digested."""
+    """Implements `Transport` over host memory, some layers at a time. It works everywhere, and every byte is digested."""
 
     learner: LearnerSide
     engines: EngineSide

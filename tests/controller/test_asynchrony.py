@@ -78,7 +78,7 @@ class Sleeper:
     def __init__(self, seconds: float, jitter: float = 0.0):
         self.seconds, self.jitter = seconds, jitter
 
-    def __call__(self, batch, **settings) -> StepStats:
+    def __call__(self, batch, knobs=None) -> StepStats:
         time.sleep(self.seconds * (1 + self.jitter * np.random.default_rng().uniform(-1, 1)))
         return StepStats(metrics={"policy/loss": Mean(0.0, 1.0), "entropy/mean": Mean(0.0, 1.0)}, skipped=False)
 
@@ -177,7 +177,7 @@ def test_without_staleness_every_token_is_the_present_policys(monkeypatch):
 def test_a_stopped_run_keeps_what_it_had_sampled_and_loses_no_sample(monkeypatch, capsys):
     calls = []
 
-    def update(learners, batch, **settings):
+    def update(learners, batch, knobs):
         calls.append(1)
         time.sleep(0.8)  # long enough for the next batch to be ready
         if len(calls) == 3:

@@ -13,6 +13,7 @@ from rlkit.compose import compose
 from rlkit.controller.fleet import Engines, Learners
 from rlkit.controller.placement import Seat
 from rlkit.controller.turns import SideBySide
+from rlkit.core.loss import Knobs
 from rlkit.errors import WorkerError
 from rlkit.types import SampleRequest, SamplingSpec
 from rlkit.workers.weight_sync import TOLERANCES, sync_weights
@@ -45,11 +46,11 @@ def test_two_ranks_step_as_one(ray_cluster, random_model, make_batch, tmp_path):
             learner = Learners(compose([*settings[kind], f"learner.num_ranks={ranks}"]), ray_cluster, SideBySide())
             before[kind] = exported(learner, ray_cluster)
             for _ in range(3):
-                stats = learner.update(batch, divergence_coef=None, entropy_coef=None)
+                stats = learner.update(batch, Knobs())
             after[kind, ranks] = exported(learner, ray_cluster), stats
             (tmp_path / kind).mkdir(exist_ok=True)
             learner.save(str(tmp_path / kind))
-            learner.update(batch, divergence_coef=None, entropy_coef=None)
+            learner.update(batch, Knobs())
             following[kind] = exported(learner, ray_cluster)
     for kind in LEARNERS:
         (one, stats), (two, other_stats) = after[kind, 1], after[kind, 2]
@@ -65,7 +66,7 @@ def test_two_ranks_step_as_one(ray_cluster, random_model, make_batch, tmp_path):
         single.restore(str(tmp_path / kind))
         restored = exported(single, ray_cluster)
         assert all(restored[name].equal(two[name]) for name in two)
-        single.update(batch, divergence_coef=None, entropy_coef=None)
+        single.update(batch, Knobs())
         next_one, next_two = exported(single, ray_cluster), following[kind]
         for name in two:
             assert (next_one[name] - next_two[name]).norm() <= 3e-5 * (next_two[name] - two[name]).norm() + 1e-7, name

@@ -31,14 +31,17 @@ class FakeRay:
         monkeypatch.setattr(ray.util, "remove_placement_group", self.removed.append)
 
     def placement_group(self, bundles: list[dict[str, float]], strategy: str) -> Any:
-        free = self.gpus - sum(
-            bundle.get("GPU", 0) for group in self.groups if group not in self.removed for bundle in group.bundles
-        )
-        group = SimpleNamespace(
-            bundles=bundles, strategy=strategy, wait=lambda limit_s: not self.gpus or sum(b["GPU"] for b in bundles) <= free
-        )
+        def wait(limit_s: float) -> bool:
+            held = sum(self.devices(other) for other in self.groups if other is not group and other not in self.removed)
+            return held + self.devices(group) <= self.gpus
+
+        group = SimpleNamespace(bundles=bundles, strategy=strategy, wait=wait)
         self.groups.append(group)
         return group
+
+    @staticmethod
+    def devices(group: Any) -> float:
+        return sum(bundle.get("GPU", 0) for bundle in group.bundles)
 
     def options(self, **options: Any) -> Any:
         def remote(target: str, share: tuple[int, int], args: tuple, kwargs: dict) -> Any:
@@ -107,6 +110,22 @@ def test_a_later_run_takes_the_seat_of_a_worker_it_cannot_use(monkeypatch):
     ray_cluster.worker("b2", "rollout engine 0", "m:Engine", seat=engine_seat(colocated, 0))
     assert fake.killed == fake.actors[:2]
     assert fake.removed == fake.groups[:1]  # of another shape
+
+
+def test_what_only_earlier_runs_used_goes_where_its_room_is_needed(monkeypatch):
+    """In a sweep over the number of engines, those of the run before must not hold the devices that a reference needs now."""
+    fake = FakeRay(monkeypatch, gpus=3)
+    ray_cluster, two = cluster.RayCluster(LocalRay()), compose(["rollout.num_engines=2"])
+    for index in (0, 1):
+        ray_cluster.worker(("engine", index), f"rollout engine {index}", "m:Engine", seat=engine_seat(two, index))
+    ray_cluster.worker(("rank", 0), "learner rank 0", "m:Learner", seat=rank_seat(compose([]), 0))
+    with pytest.raises(ResourceError, match="reference scorer needs"):  # this run needs all three itself
+        start(ray_cluster, two)
+    assert not fake.killed
+    ray_cluster.begin_run()
+    start(ray_cluster, compose([]))
+    assert fake.killed == [fake.actors[1]]
+    assert fake.groups[1] in fake.removed
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,12 @@ def test_a_selector_picks_among_all_tokens_of_the_step_and_the_same_ones_again(b
     assert not picked.chosen[~batch.response_mask].any()
     assert values(metrics)["selector/fraction"] == pytest.approx((num_tokens // 2) / num_tokens)
     again, other = (choose(selector, batch, seed=seed)[0].chosen for seed in (3, 4))
+    assert again is not None
+    assert other is not None
     assert torch.equal(picked.chosen, again)
     assert not torch.equal(picked.chosen, other)
     part = picked.select([2, 0])
+    assert part.chosen is not None
     assert torch.equal(part.chosen, picked.chosen[[2, 0], : part.response_mask.shape[1]])
 
 

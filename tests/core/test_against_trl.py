@@ -14,7 +14,7 @@ import torch
 from rlkit.core.divergences import Divergence, Estimator, NoDivergence, ReverseKL
 from rlkit.core.entropy import EntropyBonus, EntropyTerm, NoEntropy
 from rlkit.core.logprobs import token_statistics
-from rlkit.core.loss import Strategy
+from rlkit.core.loss import Knobs, Strategy
 from rlkit.core.objectives import CISPO, GSPO, ClippedSurrogate, Objective
 from rlkit.core.ratios import Correction, IcePop, Level, MaskedIS, NoCorrection, TruncatedIS, Weights
 from rlkit.core.reduce import Aggregation, Denominators, reduce
@@ -156,8 +156,7 @@ def our_loss(strategy, given, *, rows=slice(None), divergence_coef=None, entropy
         response_mask=given.response_mask[rows],
         ref_logprobs=None if divergence_coef is None else rows_of(given.ref_logprobs),
         entropy=None if entropy_coef is None else rows_of(given.entropy),
-        divergence_coef=divergence_coef,
-        entropy_coef=entropy_coef,
+        knobs=Knobs(divergence_coef=divergence_coef, entropy_coef=entropy_coef),
     )
     denominators = Denominators.count(given.response_mask, max_response_tokens=BUDGET)
     shares = [t.coef * reduce(t.loss, t.mask, aggregation=t.aggregation, denominators=denominators) for t in step.terms]

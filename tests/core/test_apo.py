@@ -27,7 +27,7 @@ def weigh(weights, *, advantages, lengths, correct, group_ids=None):
     return weights(
         advantages=tensor(advantages)[:, None].expand(mask.shape).masked_fill(~mask, NAN),
         response_mask=mask,
-        correct=torch.tensor(correct, dtype=torch.bool),
+        rewards=torch.tensor(correct, dtype=torch.float32),
         group_ids=torch.zeros(len(lengths), dtype=torch.int64) if group_ids is None else torch.tensor(group_ids),
     )
 
@@ -101,8 +101,8 @@ def test_prompts_do_not_see_each_other_and_empty_rows_do_not_count():
 def test_the_advantage_looked_at_is_that_of_the_first_response_token():
     mask = torch.tensor([[False, True, True], [True, True, False]])
     advantages = tensor([[NAN, 0.5, -9.0], [-0.5, 9.0, INF]])
-    correct, group_ids = torch.tensor([True, False]), torch.zeros(2, dtype=torch.int64)
-    found = DADS(advantages=advantages, response_mask=mask, correct=correct, group_ids=group_ids)
+    rewards, group_ids = torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.int64)
+    found = DADS(advantages=advantages, response_mask=mask, rewards=rewards, group_ids=group_ids)
     torch.testing.assert_close(found, tensor([1 - math.exp(-math.e / 2), 1.0]), atol=1e-15, rtol=0)
 
 
@@ -123,7 +123,7 @@ def test_the_weighed_divergence_has_the_worked_value_and_the_weighed_gradient(f1
     fields = {
         "advantages": f1.advantages.clone().requires_grad_(),
         "response_mask": f1.response_mask,
-        "correct": f1.rewards.bool(),
+        "rewards": f1.rewards,
         "group_ids": torch.tensor([0, 0, 1, 1]),
     }
     weights = DADS(**fields)
@@ -146,7 +146,7 @@ def test_masked_cells_and_the_order_of_rows_do_not_matter(ragged, weights, fill)
     fields = {
         "advantages": ragged.advantages,
         "response_mask": ragged.response_mask,
-        "correct": torch.tensor([True, False, False, True, True, False]),
+        "rewards": torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]),
         "group_ids": torch.tensor([0, 0, 1, 1, 0, 1]),
     }
     expected = weights(**fields)

@@ -6,7 +6,7 @@ import torch
 
 from rlkit.core.divergences import Estimator, NoDivergence, ReverseKL
 from rlkit.core.entropy import EntropyBonus, NoEntropy
-from rlkit.core.loss import Strategy
+from rlkit.core.loss import Knobs, Strategy
 from rlkit.core.objectives import ClippedSurrogate, Surrogate
 from rlkit.core.ratios import Correction, NoCorrection, Weights
 from rlkit.core.reduce import Aggregation, Denominators, reduce
@@ -71,7 +71,7 @@ def build(strategy, batch, *, rows=slice(None), divergence_coef=None, entropy_co
     if not isinstance(strategy.entropy, NoEntropy):
         fields["entropy"] = batch.entropy
     fields = {name: x[rows] for name, x in (fields | override).items()}
-    return strategy.terms(**fields, divergence_coef=divergence_coef, entropy_coef=entropy_coef)
+    return strategy.terms(**fields, knobs=Knobs(divergence_coef=divergence_coef, entropy_coef=entropy_coef))
 
 
 def denominators_of(term):

@@ -220,11 +220,11 @@ def test_no_safeguard_adds_nothing():
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (EntropyGated, {"penalty_coef": -1.0}, "safe.penalty_coef=-1.0: write a finite value, 0 or more"),
-        (EntropyGated, {"kp": INF}, "safe.kp=inf: write a finite value, 0 or more"),
-        (EntropyGated, {"low": 0.7}, "safe.low=0.7, safe.high=0.6: write bounds above 0, the lower one first"),
-        (EntropyGated, {"base_threshold": NAN}, "safe.base_threshold=nan: write a finite number"),
-        (Asymmetric, {"trend_coef": -1.0}, "safe.trend_coef=-1.0: write a finite value, 0 or more"),
+        (EntropyGated, {"penalty_coef": -1.0}, "safeguard.penalty_coef=-1.0: write a finite value, 0 or more"),
+        (EntropyGated, {"kp": INF}, "safeguard.kp=inf: write a finite value, 0 or more"),
+        (EntropyGated, {"low": 0.7}, "safeguard.low=0.7, safeguard.high=0.6: write bounds above 0, the lower one first"),
+        (EntropyGated, {"base_threshold": NAN}, "safeguard.base_threshold=nan: write a finite number"),
+        (Asymmetric, {"trend_coef": -1.0}, "safeguard.trend_coef=-1.0: write a finite value, 0 or more"),
     ],
 )
 def test_settings_that_make_no_sense_say_what_to_write(kind, settings, message):

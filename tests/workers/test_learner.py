@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from rlkit.compose import compose
+from rlkit.core.loss import Knobs
 from rlkit.core.reduce import Denominators
 from rlkit.data.models.loading import load_model
 from rlkit.errors import DataError, NumericalError
@@ -34,10 +35,10 @@ def weights(learner) -> dict[str, torch.Tensor]:
     return {name: full_tensor(parameter).clone() for name, parameter in learner.policy.model.named_parameters()}
 
 
-def step(learner, batch, *, divergence_coef=None, entropy_coef=None):
+def step(learner, batch, **knobs):
     counted = Denominators.count(batch.response_mask, max_response_tokens=16)
     denominators = dict.fromkeys(("policy", "divergence", "entropy"), counted)
-    return learner.update(batch, denominators=denominators, divergence_coef=divergence_coef, entropy_coef=entropy_coef)
+    return learner.update(batch, denominators=denominators, knobs=Knobs(**knobs))
 
 
 def gradient_of_one_step(learner, batch, **coefs) -> dict[str, torch.Tensor]:
@@ -140,7 +141,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_stop_the_run
     learner, batch = begin("optimizer=adamw", "optimizer.learning_rate=0.01"), make_batch()
     step(learner, batch)  # Adam has moments now
     before = weights(learner)
-    moments = [state["exp_avg"].full_tensor().clone() for state in learner.optimizer.state.values()]
+    moments = [full_tensor(state["exp_avg"]).clone() for state in learner.optimizer.state.values()]
     broken = replace(batch, advantages=torch.full_like(batch.advantages, float("nan")))
     for _ in range(2):
         stats = step(learner, broken)
@@ -149,7 +150,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_stop_the_run
     after = weights(learner)
     assert all(torch.equal(before[name], after[name]) for name in before)
     for old, state in zip(moments, learner.optimizer.state.values(), strict=True):
-        assert torch.equal(old, state["exp_avg"].full_tensor())
+        assert torch.equal(old, full_tensor(state["exp_avg"]))
     with pytest.raises(NumericalError, match="3 optimiser steps in a row"):
         step(learner, broken)
 
@@ -195,7 +196,7 @@ def test_a_saved_policy_loads_in_transformers_with_the_same_logprobs(begin, make
 
 def test_logprobs_come_back_in_the_batchs_own_rows(begin, random_model, make_batch):
     learner, batch = begin(), make_batch(rows=7)
-    values = learner.logprobs(batch)
+    values = learner.measure(batch)["old_logprobs"]
     model = load_model(random_model(tied=True), dtype=torch.float32)
     for row in range(batch.num_rows):
         with torch.no_grad():
@@ -234,7 +235,7 @@ def stir(learner) -> None:
     with torch.no_grad():
         for parameter in learner.policy.parameters():
             if parameter.requires_grad:
-                parameter.to_local().add_(0.1 * torch.randn(parameter.shape, generator=generator))
+                local_tensor(parameter).add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def exported(learner) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlkit.errors import SyncError
+from rlkit.workers import weight_sync
 from rlkit.workers.weight_sync import (
     TOLERANCES,
     Manifest,
@@ -41,13 +42,13 @@ def test_the_digest_sees_one_bit_a_shape_and_a_dtype():
     assert all(digest(pack(other)) != same for other in others)
 
 
-def test_layers_travel_together_in_order():
+def test_layers_travel_whole_and_in_order_and_small_ones_together(monkeypatch):
     names = ["lm_head.weight", "model.layers.10.a", "model.layers.2.b", "model.embed_tokens.weight", "model.layers.2.a"]
-    assert layer_groups(names) == [
-        ["lm_head.weight", "model.embed_tokens.weight"],
-        ["model.layers.2.b", "model.layers.2.a"],
-        ["model.layers.10.a"],
-    ]
+    outside, second, tenth = names[0:4:3], ["model.layers.2.b", "model.layers.2.a"], ["model.layers.10.a"]
+    sizes = dict.fromkeys(names, 10)
+    for limit, expected in ((5, [outside, second, tenth]), (30, [outside, second + tenth]), (60, [outside + second + tenth])):
+        monkeypatch.setattr(weight_sync, "PART_BYTES", limit)
+        assert layer_groups(sizes) == expected
 
 
 def test_what_is_missing_or_extra_or_torn_is_named():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlkit.core.logprobs import ExactDivergence, TokenStatistics, token_statistics
+from rlkit.core.logprobs import ExactDivergence, Nucleus, TokenStatistics, token_statistics
 from rlkit.data.layout import Layout, ModelCost
 
 if TYPE_CHECKING:
@@ -89,13 +89,16 @@ class Policy(nn.Module):
         chunk_tokens: int,
         with_entropy: bool = False,
         entropy_gradient: bool = True,
+        with_expected_score: bool = False,
+        nucleus: Nucleus | None = None,
         divergence: ExactDivergence | None = None,
         reference: ReferenceStates | None = None,
     ) -> PolicyOutput:
         """Statistics of the layout's n response tokens, sample by sample.
 
         Args:
-            temperature, chunk_tokens, with_entropy, entropy_gradient, divergence: as in `token_statistics`.
+            reference: what a divergence needs of it.
+            All others are those of `token_statistics`.
         """
         head = self.head
         hidden = self._hidden(layout)
@@ -107,6 +110,8 @@ class Policy(nn.Module):
             chunk_tokens=chunk_tokens,
             with_entropy=with_entropy,
             entropy_gradient=entropy_gradient,
+            with_expected_score=with_expected_score,
+            nucleus=nucleus,
             divergence=divergence,
             ref_hidden=None if reference is None else reference.hidden,
             ref_head=None if reference is None else reference.head,

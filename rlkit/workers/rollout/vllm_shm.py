@@ -32,7 +32,7 @@ class ShmInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class ShmUpdateInfo(WeightTransferUpdateInfo):
-    """One layer group of one version."""
+    """Some whole layers of one version."""
 
     path: str  # of a safetensors file
     version: int

@@ -14,9 +14,13 @@ from rlkit.workers.rollout.engine import EngineSpec
 
 
 @pytest.fixture(scope="session")
-def engine_of(random_model, request) -> Callable[..., Handle]:
+def in_process_cluster() -> InProcessCluster:
+    return InProcessCluster()
+
+
+@pytest.fixture
+def engine_of(random_model, in_process_cluster, request) -> Callable[..., Handle]:
     """A function (kind, tied) -> engine of the random model."""
-    here = InProcessCluster()
 
     def get(kind: str, *, tied: bool) -> Handle:
         spec = EngineSpec(
@@ -28,7 +32,7 @@ def engine_of(random_model, request) -> Callable[..., Handle]:
             max_num_seqs=64,
             kv_cache_mib=16,
         )
-        cluster = request.getfixturevalue("ray_cluster") if kind != "transformers" else here
+        cluster = request.getfixturevalue("ray_cluster") if kind != "transformers" else in_process_cluster
         return cluster.worker(
             ("test engine", spec), f"{kind} engine", ENGINE_CLASSES[kind], spec, seat=Seat(group=f"{kind}, tied={tied}")
         )

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from rlkit.compose import compose
+from rlkit.core.loss import Knobs
 from rlkit.errors import ResourceError, SyncError, WorkerError
 from rlkit.types import SampleRequest, SamplingSpec
 from rlkit.workers import learner as learner_module
@@ -408,7 +409,7 @@ def test_two_ranks_drive_a_real_engine_and_are_not_used_after_it_died(ray_cluste
 
     assert sync(4) <= 1e-4
     before = learner.score(probes)
-    learner.update(make_batch(rows=7), divergence_coef=None, entropy_coef=None)
+    learner.update(make_batch(rows=7), Knobs())
     assert max(abs(a - b).max() for a, b in zip(before, learner.score(probes), strict=True)) > 1e-3
     assert sync(5) <= 1e-4
     request = SampleRequest(sample_id="a", prompt_ids=(5, 6), seed=0)
