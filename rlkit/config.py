@@ -30,6 +30,7 @@ from rlkit.core.advantages import (
     ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
 )
+from rlkit.core.aepo import Aepo, NoTempering, Tempering
 from rlkit.core.apo import DifficultyAdaptiveDivergence, NoResponseWeights, ResponseWeights, TrajectoryComplexity
 from rlkit.core.control import Control, Fixed
 from rlkit.core.control import Schedule as ControlSchedule
@@ -143,6 +144,7 @@ class RunConfig:
     safeguard: Safeguard = MISSING
     entropy: EntropyTerm = MISSING
     selector: Selector = MISSING
+    tempering: Tempering = MISSING
     token_filter: TokenFilter = MISSING
     token_weight: TokenWeight = MISSING
     control: Control = MISSING
@@ -178,6 +180,7 @@ class RunConfig:
             objective=self.objective,
             selector=self.selector,
             token_weight=self.token_weight,
+            tempering=self.tempering,
             correction=self.correction,
             divergence=self.divergence,
             entropy=self.entropy,
@@ -272,6 +275,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "safeguard": {"none": NoSafeguard, "entropy_gated": EntropyGated, "asymmetric": Asymmetric},
     "entropy": {"none": NoEntropy, "bonus": EntropyBonus, "siren": Siren, "epo": Epo},
     "selector": {"none": NoSelector, "clip_cov": ClipCov, "kl_cov": KLCov},
+    "tempering": {"none": NoTempering, "aepo": Aepo},
     "token_filter": {"none": NoTokenFilter, "clip_b": ClipB, "clip_v": ClipV},
     "token_weight": {"none": NoTokenWeight, "steer": Steer, "high_entropy": HighEntropy},
     "control": {
@@ -475,6 +479,7 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"prompt_filter={name}: how many prompts a step draws is known only after it, and max_staleness={config.max_staleness} "
             "starts the next one before. Write max_staleness=0 or prompt_filter=none."
         )
+    yield from _tempering_problems(config)
     yield from _selector_problems(config)
     yield from _divergence_problems(config)
     yield from _control_problems(config)
@@ -532,6 +537,38 @@ def _selector_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"selector.exclude_clipped=true: objective={objective} clips no token's gradient. Write selector.exclude_clipped=false."
         )
+
+
+TEMPERED_BASELINES = ("grpo", "dr_grpo", "rloo")  # of CHOICES["advantage"]: a group's advantages depend on no other group
+
+
+def _tempering_problems(config: RunConfig) -> Iterator[str]:
+    """Tempered samples are groups beside the batch's own, and must change nothing about those."""
+    if not (tempering := config.tempering).needs:
+        return
+    if config.max_staleness > 0:
+        yield (
+            f"tempering=aepo: its temperature follows from the step before, and max_staleness={config.max_staleness} samples ahead "
+            "of it. Write max_staleness=0 or tempering=none."
+        )
+    if not tempering.num_prompts(config.prompts_per_step):
+        if "tempered_rollouts" in tempering.needs:
+            yield (
+                f"prompts_per_step={config.prompts_per_step}: tempering.prompt_fraction of it is less than one prompt. Write more "
+                "prompts, or a larger tempering.prompt_fraction."
+            )
+        return
+    if (advantage := choice_of("advantage", config.advantage)) not in TEMPERED_BASELINES:
+        yield (
+            f"tempering=aepo: its samples are groups of their own, and advantage={advantage} looks across groups. Write "
+            f"advantage={' or '.join(TEMPERED_BASELINES)}, or tempering.use=dcpo."
+        )
+    for group in ("prompt_advantage", "token_filter", "safeguard"):
+        if (chosen := choice_of(group, getattr(config, group))) != "none":
+            yield (
+                f"{group}={chosen}: it looks at all responses of a batch, and tempering=aepo adds some of another temperature. "
+                f"Write {group}=none, or tempering.use=dcpo."
+            )
 
 
 def _divergence_problems(config: RunConfig) -> Iterator[str]:

@@ -192,6 +192,7 @@ class TrainBatch:
     old_entropy: Tensor | None = None  # [B, T] float32, exact, of the policy before the batch
     old_expected_score: Tensor | None = None  # [B, T] float32, of the same
     old_nucleus_entropy: Tensor | None = None  # [B, T] float32, of the same
+    tempered_mask: Tensor | None = None  # [B, T] bool: tokens that the tempering's own term trains, of no other term's mask
     turns: Tensor | None = None  # [B, T] int64: the turn that a token belongs to, from 0
     prompt_advantages: Tensor | None = None  # [B, T] float32: a second advantage
     local_weight: Tensor | None = None  # [B] float32: of the first one's loss beside the second's

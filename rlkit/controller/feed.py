@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,7 @@ class Feed:
     sampler: Sampler
     sampling: SamplingSpec
     drawn_before: Callable[[int], int]  # step -> how many prompts the steps before it draw
+    heat: Callable[[], float]  # of tempered samples, times the sampler's temperature
 
     def submit(self, step: int) -> Submitted:
         """Start a step's first batch."""
@@ -34,7 +35,10 @@ class Feed:
 
     def collect(self, step: int, submitted: Submitted) -> Sampled:
         """A step's rollouts. Raises RewardError when too many rewards fail, and DataError where the filter leaves too few."""
-        sampled = self.sampler.collect(submitted)
+        return self._with_tempered(step, self._filled(step, self.sampler.collect(submitted)))
+
+    def _filled(self, step: int, sampled: Sampled) -> Sampled:
+        """With other prompts in the place of those that the filter drops."""
         prompt_filter, wanted = self.config.prompt_filter, self.config.prompts_per_step
         if not isinstance(prompt_filter, DynamicSampling):
             return sampled
@@ -58,9 +62,24 @@ class Feed:
             num_prompts=sum(batch.num_prompts for batch in batches),
         )
 
-    def _draw(self, label: str, start: int) -> Submitted:
-        drawn = self.order.take(start, self.config.prompts_per_step)
-        return self.sampler.submit(label, [self.prompts.train[index] for index in drawn], self.config.group_size, self.sampling)
+    def _with_tempered(self, step: int, sampled: Sampled) -> Sampled:
+        count = self.config.tempering.num_prompts(self.config.prompts_per_step)
+        if not count:
+            return sampled
+        hot = replace(self.sampling, temperature=self.sampling.temperature * self.heat())
+        tempered = self.sampler.collect(self._draw(f"step-{step}.tempered", self.drawn_before(step), count=count, sampling=hot))
+        return replace(
+            sampled,
+            tempered=tempered.rollouts,
+            generate_s=sampled.generate_s + tempered.generate_s,
+            reward_s=sampled.reward_s + tempered.reward_s,
+        )
+
+    def _draw(self, label: str, start: int, *, count: int | None = None, sampling: SamplingSpec | None = None) -> Submitted:
+        """Prompts from this place of the order on: as many as a step has, at the run's sampling, unless said otherwise."""
+        drawn = self.order.take(start, self.config.prompts_per_step if count is None else count)
+        prompts = [self.prompts.train[index] for index in drawn]
+        return self.sampler.submit(label, prompts, self.config.group_size, sampling or self.sampling)
 
 
 def kept_groups(prompt_filter: PromptFilter, rollouts: Sequence[Rollout]) -> list[str]:

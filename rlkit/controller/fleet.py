@@ -160,7 +160,12 @@ class Learners:
     def update(self, batch: TrainBatch, knobs: Knobs) -> StepStats:
         """One optimiser step; its denominators are counted here, before the rows are dealt out."""
         self._turns.learn()
-        masks = self._strategy.masks(response_mask=batch.response_mask, keep=batch.policy_mask, rewards=batch.rewards)
+        masks = self._strategy.masks(
+            response_mask=batch.response_mask,
+            keep=batch.policy_mask,
+            rewards=batch.rewards,
+            tempered_mask=batch.tempered_mask,
+        )
         denominators = {
             name: Denominators.count(mask, max_response_tokens=self._max_response_tokens) for name, mask in masks.items()
         }
@@ -175,20 +180,21 @@ class Learners:
         parts = [{k: v for k, v in s.metrics.items() if i == 0 or k not in shared} for i, s in enumerate(stats)]
         return StepStats(metrics=merge(parts), skipped=stats[0].skipped)
 
-    def measure(self, batch: TrainBatch) -> dict[str, Tensor]:
-        """What the strategies need of the present policy: fields of TrainBatch [B, T], among them always old_logprobs."""
-        return self._per_token("measure", batch)
+    def measure(self, batch: TrainBatch, heat: float = 1.0) -> dict[str, Tensor]:
+        """What the strategies need of the present policy at `heat` times the sampling temperature: fields of TrainBatch [B, T],
+        among them always old_logprobs."""
+        return self._per_token("measure", batch, heat)
 
     def values(self, batch: TrainBatch) -> dict[str, Tensor]:
         """The critic's, as a field of TrainBatch [B, T]."""
         return self._per_token("values", batch)
 
-    def _per_token(self, method: str, batch: TrainBatch) -> dict[str, Tensor]:
+    def _per_token(self, method: str, batch: TrainBatch, *args: float) -> dict[str, Tensor]:
         self._turns.learn()
         out: dict[str, Tensor] = {}
         position = {sample_id: row for row, sample_id in enumerate(batch.sample_ids)}
         parts = split_ranks(batch, len(self._handles))
-        pending = [handle.call(method, part) for handle, part in zip(self._handles, parts, strict=True)]
+        pending = [handle.call(method, part, *args) for handle, part in zip(self._handles, parts, strict=True)]
         for part, found in zip(parts, wait(pending, self._deadline_s), strict=True):
             rows = torch.tensor([position[sample_id] for sample_id in part.sample_ids], dtype=torch.int64)
             for name, values in found.items():

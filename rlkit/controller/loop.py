@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,11 +23,22 @@ from rlkit.controller.filtering import rollout_metrics, trainable
 from rlkit.controller.fleet import Engines, Learners, ReferenceScorer, weight_transport
 from rlkit.controller.lookahead import Lookahead
 from rlkit.controller.preemption import Preemption, StopRequested
-from rlkit.controller.preparation import choose, correct, filtered, narrow, weigh, with_advantages, with_effective_sample_size
+from rlkit.controller.preparation import (
+    blended,
+    choose,
+    correct,
+    filtered,
+    joined,
+    narrow,
+    weigh,
+    with_advantages,
+    with_effective_sample_size,
+)
 from rlkit.controller.progress import Progress
 from rlkit.controller.sampling import Sampled, Sampler
 from rlkit.controller.tracking import Tracker
 from rlkit.controller.turns import ByTurns, SideBySide
+from rlkit.core.aepo import Aepo
 from rlkit.core.loss import Knobs
 from rlkit.core.selectors import covariance_metrics
 from rlkit.data.collate import collate, minibatches, truncated
@@ -105,6 +117,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             sampler=sampler,
             sampling=sampling,
             drawn_before=drawn_before,
+            heat=lambda: config.tempering.temperature(run.progress.tempering),
         )
         ahead = Lookahead(
             feed.submit,
@@ -200,13 +213,15 @@ class Run:
             sampled = self.ahead.take(step)
         if not self.config.max_staleness:  # then the wait was for these two
             clock.split("wait", generate=sampled.generate_s, reward=sampled.reward_s)
-        rollouts, dropped = trainable(sampled.rollouts, at_least=2 if self.config.compares_groups else 1)
+        at_least = 2 if self.config.compares_groups else 1
+        rollouts, dropped = trainable(sampled.rollouts, at_least=at_least)
+        tempered, _ = trainable(sampled.tempered, at_least=at_least)
         metrics = rollout_metrics(sampled, rollouts, dropped) | self.staleness(rollouts)
-        advantages: Tensor | None = None
+        advantages: dict[str, float] = {}
         if rollouts:
             with clock.time("score"):
-                batch, prepared = self.prepare(rollouts)
-            advantages = batch.advantages
+                batch, prepared = self.prepare(rollouts, tempered)
+            advantages = dict(zip(batch.sample_ids, batch.advantages[:, 0].tolist(), strict=True))
             with clock.time("learn"):
                 metrics |= prepared | self.learn(step, batch) | self.progress.coefficients.metrics(self.config)
         else:
@@ -245,10 +260,11 @@ class Run:
             raise WorkerError(f"A token of step {self.progress.step + 1} is {behind.max()} versions old; max_staleness={bound}.")
         return {"staleness/mean": float(behind.mean()), "staleness/max": float(behind.max())} if bound else {}
 
-    def prepare(self, rollouts: Sequence[Rollout]) -> tuple[TrainBatch, dict[str, float]]:
+    def prepare(self, rollouts: Sequence[Rollout], tempered: Sequence[Rollout] = ()) -> tuple[TrainBatch, dict[str, float]]:
         """A batch of rollouts with all that is known before it is trained on: what reference, policy and critic say of it,
-        advantages, and which tokens train."""
-        config = self.config
+        advantages, and which tokens train. `tempered`: samples at another temperature, of which some join it."""
+        config, num_main = self.config, len(rollouts)
+        rollouts = [*rollouts, *tempered]
         scores = None if self.reference is None else self.reference.score(rollouts)
         batch = collate(
             rollouts,
@@ -264,8 +280,22 @@ class Run:
             batch = replace(batch, **self.learner.values(batch))
         batch, metrics = with_advantages(config, batch, rollouts)
         batch, dropped = filtered(config, batch, truncated(rollouts))
+        batch, taken = self.temper(batch, num_main)
         self.progress = self.progress.having_seen(config, batch)
-        return batch, metrics | dropped | self.progress.metrics(config)
+        return batch, metrics | dropped | taken | self.progress.metrics(config)
+
+    def temper(self, batch: TrainBatch, num_main: int) -> tuple[TrainBatch, dict[str, float]]:
+        """What the choice of tempering does with the samples behind the first `num_main`, or with the advantages."""
+        tempering, state = self.config.tempering, self.progress.tempering
+        if not isinstance(tempering, Aepo):
+            return batch, {}
+        heat = tempering.temperature(state)
+        if "tempered_old_logprobs" in tempering.needs:
+            hotter = self.learner.measure(batch, heat)["old_logprobs"]
+            batch, metrics = blended(tempering, batch, hotter, state), {}
+        else:
+            batch, metrics = joined(tempering, batch, num_main, state)
+        return batch, metrics | {"aepo/temperature": heat, "aepo/entropy_prev": state.entropy}
 
     def learn(self, step: int, batch: TrainBatch) -> dict[str, float]:
         """Every optimiser step on one batch of rollouts."""
@@ -286,7 +316,9 @@ class Run:
                     self.progress.coefficients = self.progress.coefficients.update(config, stats.metrics, part.num_rows)
         sampled = batch.rollout_logprobs if batch.old_logprobs is None else batch.old_logprobs
         metrics = covariance_metrics(logprobs=sampled, advantages=batch.advantages, response_mask=batch.response_mask)
-        return metrics | with_effective_sample_size(values(merge(parts)))
+        measured = values(merge(parts))
+        self.progress.tempering = config.tempering.update(self.progress.tempering, measured.get("entropy/mean", math.nan))
+        return metrics | with_effective_sample_size(measured)
 
     def knobs(self, part: TrainBatch, *, is_first: bool) -> Knobs:
         """What is decided about an optimiser step outside its loss. `is_first`: on this batch, so that the policy is still the
@@ -389,7 +421,7 @@ class Run:
         clock: Clock,
         sampled: Sampled,
         rollouts: Sequence[Rollout],
-        advantages: Tensor | None,
+        advantages: dict[str, float],
     ) -> None:
         """The step's line in every sink."""
         timings = clock.stop()
@@ -399,8 +431,5 @@ class Run:
         if "time/learn_s" in timings:
             learnt = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
             metrics["rate/learned_tokens_per_s"] = learnt / timings["time/learn_s"]
-        by_id: dict[str, float] = {}
-        if advantages is not None:
-            by_id = {rollout.sample_id: float(advantages[row, 0]) for row, rollout in enumerate(rollouts)}
-        self.tracker.rollouts(step, sampled.rollouts, [by_id.get(r.sample_id, float("nan")) for r in sampled.rollouts])
+        self.tracker.rollouts(step, sampled.rollouts, [advantages.get(r.sample_id, math.nan) for r in sampled.rollouts])
         self.tracker.step(step, metrics, timings)

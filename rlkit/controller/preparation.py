@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlkit.config import RunConfig
+from rlkit.core.aepo import Aepo, TemperedUse, TemperingState
 from rlkit.core.copo import answer_entropy
 from rlkit.core.ratios import Correction, correction_metrics, effective_fraction
 from rlkit.core.selectors import NoTokenFilter, Selector
@@ -93,6 +94,40 @@ def filtered(config: RunConfig, batch: TrainBatch, truncated: Tensor) -> tuple[T
     if keep is mask:
         return batch, {}
     return replace(batch, train_mask=keep), {"filter/dropped_fraction": float((mask & ~keep).sum() / mask.sum().clamp(min=1))}
+
+
+def joined(tempering: Aepo, batch: TrainBatch, num_main: int, state: TemperingState) -> tuple[TrainBatch, dict[str, float]]:
+    """The rows that are trained on: of those behind the first `num_main`, which are tempered, the good ones join."""
+    mask = batch.response_mask
+    first = batch.advantages.gather(1, mask.int().argmax(-1, keepdim=True)).squeeze(-1)
+    rows = tempering.join(first[num_main:], num_main=num_main, state=state)
+    taken = len(rows.tempered)
+    metrics = {"aepo/num_samples": float(taken), "aepo/frac_replaced": 1 - len(rows.main) / num_main}
+    batch = batch.select([*(rows.tempered + num_main).tolist(), *rows.main.tolist()])
+    mask, is_tempered = batch.response_mask, torch.zeros(batch.response_mask.shape, dtype=torch.bool)
+    is_tempered[:taken] = True
+    if tempering.use is TemperedUse.additive:
+        return replace(batch, tempered_mask=mask & is_tempered, response_mask=mask & ~is_tempered), metrics
+    assert batch.old_logprobs is not None  # `replace` needs old_pass
+    # What the engine reported of them is of another temperature; the policy to compare with is the one before the update.
+    sampled = torch.where(is_tempered, batch.old_logprobs, batch.rollout_logprobs)
+    advantages = torch.where(is_tempered, mask.float(), batch.advantages)
+    return replace(batch, rollout_logprobs=sampled, advantages=advantages), metrics
+
+
+def blended(tempering: Aepo, batch: TrainBatch, tempered_old_logprobs: Tensor, state: TemperingState) -> TrainBatch:
+    """With advantages that lean towards what the policy would do at another temperature."""
+    assert batch.old_logprobs is not None  # it needs old_pass
+    assert batch.rewards is not None
+    advantages = tempering.blend(
+        batch.advantages,
+        old_logprobs=batch.old_logprobs,
+        tempered_old_logprobs=tempered_old_logprobs,
+        rewards=batch.rewards,
+        response_mask=batch.response_mask,
+        state=state,
+    )
+    return replace(batch, advantages=advantages)
 
 
 def narrow(batch: TrainBatch) -> TrainBatch:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlkit.config import RunConfig
 from rlkit.controller.evaluate import Evaluation
+from rlkit.core.aepo import TemperingState
 from rlkit.core.control import ControlState, Fixed
 from rlkit.core.divergences import FDivergence
 from rlkit.core.entropy import EntropyState, NoEntropy
@@ -64,7 +65,8 @@ class Progress:
 
     coefficients: Coefficients
     entropy: EntropyState  # what the entropy term remembers
-    safeguard: SafeState  # and the safeguard
+    safeguard: SafeState  # the safeguard
+    tempering: TemperingState  # and the tempering
     step: int = 0  # finished
     prompts_drawn: int = 0  # by the finished steps
     before: Evaluation | None = None  # the first evaluation
@@ -77,7 +79,12 @@ class Progress:
     @classmethod
     def start(cls, config: RunConfig) -> Progress:
         """Before the first step."""
-        return cls(coefficients=Coefficients.start(config), entropy=config.entropy.initial(), safeguard=config.safeguard.initial())
+        return cls(
+            coefficients=Coefficients.start(config),
+            entropy=config.entropy.initial(),
+            safeguard=config.safeguard.initial(),
+            tempering=config.tempering.initial(),
+        )
 
     def having_seen(self, config: RunConfig, batch: TrainBatch) -> Progress:
         """With what strategies remember of a batch of rollouts, before it is trained on."""
@@ -131,6 +138,7 @@ class Progress:
             "coefficients": asdict(self.coefficients),
             "entropy": asdict(self.entropy),
             "safeguard": asdict(self.safeguard),
+            "tempering": asdict(self.tempering),
             "before": None if self.before is None else self.before.to_json(),
             "after": None if self.after is None else self.after.to_json(),
             "evaluated_at": self.evaluated_at,
@@ -156,6 +164,7 @@ class Progress:
             coefficients=start.coefficients.restored(stored["coefficients"]),
             entropy=replace(start.entropy, **stored["entropy"]),
             safeguard=replace(start.safeguard, **stored["safeguard"]),
+            tempering=replace(start.tempering, **stored["tempering"]),
             **evaluations,
             **plain,
         )

@@ -31,6 +31,7 @@ class Sampled:
     generate_s: float
     reward_s: float
     num_prompts: int  # drawn for it
+    tempered: Sequence[Rollout] = ()  # further samples of some of its prompts, at another temperature
 
     @classmethod
     def again(cls, rollouts: list[Rollout]) -> Sampled:

@@ -53,6 +53,10 @@ class Tempering(ABC):
     def temperature(self, state: TemperingState) -> float:
         """What the sampler's temperature is multiplied by for the tempered samples of the next batch."""
 
+    def num_prompts(self, prompts_per_step: int) -> int:
+        """How many of a batch's prompts are sampled once more."""
+        return 0
+
 
 @dataclass(kw_only=True, slots=True)
 class NoTempering(Tempering):
@@ -109,14 +113,19 @@ class Aepo(Tempering):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"tempered_old_logprobs" if self.use is TemperedUse.dcpo else "tempered_rollouts"})
+        return {
+            TemperedUse.additive: frozenset({"tempered_rollouts"}),
+            # Their log-probabilities at the sampler's own temperature are what the ratio is to.
+            TemperedUse.replace: frozenset({"tempered_rollouts", "old_pass"}),
+            TemperedUse.dcpo: frozenset({"tempered_old_logprobs", "old_pass"}),
+        }[self.use]
 
     def temperature(self, state: TemperingState) -> float:
         """High at the target and below it, low above."""
         return self.high_temperature if state.entropy <= self.target else self.low_temperature
 
     def num_prompts(self, prompts_per_step: int) -> int:
-        """How many of a batch's prompts are sampled once more."""
+        """The first ones of the batch."""
         return 0 if self.use is TemperedUse.dcpo else int(self.prompt_fraction * prompts_per_step)
 
     def join(self, tempered_advantages: Tensor, *, num_main: int, state: TemperingState) -> Joined:
@@ -132,18 +141,13 @@ class Aepo(Tempering):
             count //= 2
         return Joined(tempered=good[:count], main=torch.arange(count, num_main))
 
-    def term(self, *, logprobs: Tensor, response_mask: Tensor, tempered: Tensor) -> LossTerm:
-        """The additive form's term; logprobs and response_mask [B, T], tempered [B] bool: the rows that joined.
+    def term(self, *, logprobs: Tensor, mask: Tensor) -> LossTerm:
+        """The additive form's term; logprobs [B, T], mask [B, T] bool: the response tokens of rows that joined.
 
-        These rows belong to this term alone: no other term's mask has them. Denominators count the tempered rows of the step.
+        These rows belong to this term alone: no other term's mask has them. Denominators count this mask over the step.
         """
-        mask = response_mask & tempered.unsqueeze(-1)
         loss = -logprobs.masked_fill(~mask, 0.0)
         return LossTerm(name="aepo", loss=loss, mask=mask, coef=self.coef, aggregation=Aggregation.token_mean)
-
-    def replacement_advantages(self, response_mask: Tensor) -> Tensor:
-        """The advantage of a row that joined by `replace`: 1 on its response tokens."""
-        return response_mask.float()
 
     def blend(
         self,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rlkit.core.aepo import Aepo, NoTempering, Tempering
 from rlkit.core.copo import Blend
 from rlkit.core.divergences import Divergence
 from rlkit.core.entropy import EntropyState, EntropyTerm
@@ -46,6 +47,7 @@ class Strategy:
     divergence: Divergence
     entropy: EntropyTerm
     token_weight: TokenWeight = field(default_factory=NoTokenWeight)
+    tempering: Tempering = field(default_factory=NoTempering)
     aggregation: Aggregation  # of every term but those of imitation and values, which are means over tokens
     imitation: Imitation = field(default_factory=NoImitation)
     critic: Critic = field(default_factory=NoCritic)
@@ -62,16 +64,26 @@ class Strategy:
             self.entropy,
             self.imitation,
             self.critic,
+            self.tempering,
         )
         return frozenset().union(*(part.needs for part in parts))
 
-    def masks(self, *, response_mask: Tensor, keep: Tensor | None = None, rewards: Tensor | None = None) -> dict[str, Tensor]:
+    def masks(
+        self,
+        *,
+        response_mask: Tensor,
+        keep: Tensor | None = None,
+        rewards: Tensor | None = None,
+        tempered_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Name of every possible term -> the tokens [B, T] bool that its denominators count, over a whole optimiser step."""
         masks = dict.fromkeys(("divergence", "entropy", "value"), response_mask) | {
             "policy": response_mask if keep is None else keep
         }
         if rewards is not None and (imitated := self.imitation.mask(rewards=rewards, response_mask=response_mask)) is not None:
             masks["imitation"] = imitated
+        if tempered_mask is not None:
+            masks["aepo"] = tempered_mask
         return masks
 
     def terms(
@@ -99,6 +111,7 @@ class Strategy:
         chosen: Tensor | None = None,
         blend: Blend | None = None,
         divergence_weight: Tensor | None = None,
+        tempered_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> StepTerms:
         """Objective -> blend -> selector -> token weight -> correction, then the other terms beside them.
@@ -110,7 +123,8 @@ class Strategy:
         entropy stay on the whole response_mask. behaviour_logprobs, of the policy that sampled, are old_logprobs unless
         given: pass rollout_logprobs for a stale or replayed batch. weights are the correction's where it was asked about the
         whole optimiser step, which it must be if it is a `whole_batch` one, times a token weight that was asked about it too;
-        so are the selector's chosen tokens. blend brings a second advantage. generator is
+        so are the selector's chosen tokens. blend brings a second advantage, tempered_mask the
+        tokens of the tempering's own term. generator is
         for a selector that chooses within the microbatch.
         """
         tokens = {"logprobs": logprobs, "old_logprobs": old_logprobs, "response_mask": response_mask}
@@ -158,6 +172,9 @@ class Strategy:
         if rewards is not None:
             imitation = self.imitation.term(logprobs=logprobs, rewards=rewards, response_mask=response_mask)
             terms += [imitation] if imitation is not None else []
+        if tempered_mask is not None:
+            assert isinstance(self.tempering, Aepo)
+            terms.append(self.tempering.term(logprobs=logprobs, mask=tempered_mask))
         if isinstance(self.critic, TrainedCritic):
             assert values is not None, "a critic needs its values"
             assert old_values is not None, "a critic needs the values that the advantages were computed from"

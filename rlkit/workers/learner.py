@@ -251,6 +251,7 @@ class Learner:
             chosen=batch.chosen,
             blend=blend_of(batch),
             divergence_weight=batch.divergence_weight,
+            tempered_mask=batch.tempered_mask,
             generator=torch.Generator().manual_seed(self._microbatch_seed()),
         )
         loss = logprobs.new_zeros(())
@@ -283,12 +284,12 @@ class Learner:
         place = (self.config.seed, self.num_updates, self.rank.index, self._num_microbatches)
         return int.from_bytes(xxhash.xxh3_64_digest(repr(place).encode()), "big") >> 1
 
-    def measure(self, batch: TrainBatch) -> dict[str, Tensor]:
-        """What the strategies need of the present policy about this rank's rows, at the sampling temperature: fields of
-        TrainBatch [B, T], 0 on padding, among them always old_logprobs."""
+    def measure(self, batch: TrainBatch, heat: float = 1.0) -> dict[str, Tensor]:
+        """What the strategies need of the present policy about this rank's rows, at `heat` times the sampling temperature:
+        fields of TrainBatch [B, T], 0 on padding, among them always old_logprobs."""
 
         def of(part: TrainBatch, layout: Layout) -> dict[str, Tensor]:
-            found = self._forward(part, layout, gradient=False)
+            found = self._forward(part, layout, gradient=False, heat=heat)
             tensors = {
                 "old_logprobs": found.logprobs,
                 "old_entropy": found.entropy,
@@ -347,7 +348,7 @@ class Learner:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _forward(self, batch: TrainBatch, layout: Layout, *, gradient: bool) -> PolicyOutput:
+    def _forward(self, batch: TrainBatch, layout: Layout, *, gradient: bool, heat: float = 1.0) -> PolicyOutput:
         """Statistics of the batch's response tokens; entropy is always measured when learning."""
         config = self.config
         needs = config.needs
@@ -362,7 +363,7 @@ class Learner:
             reference = ReferenceStates(hidden=batch.ref_hidden[present].to(self.device), head=self.reference_head)
         return self.policy(
             layout.to(self.device),
-            temperature=config.rollout.temperature,
+            temperature=config.rollout.temperature * heat,
             chunk_tokens=self._chunk_tokens(1 + (divergence is not None)),
             with_entropy=gradient or "old_entropy" in needs,
             entropy_gradient="entropy" in needs,

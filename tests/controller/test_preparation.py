@@ -1,11 +1,26 @@
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from rlkit.compose import compose
-from rlkit.controller.preparation import choose, correct, shaped_rewards, with_effective_sample_size
+from rlkit.controller.preparation import (
+    choose,
+    correct,
+    filtered,
+    joined,
+    narrow,
+    shaped_rewards,
+    weigh,
+    with_advantages,
+    with_effective_sample_size,
+)
+from rlkit.core.aepo import Aepo, TemperingState
 from rlkit.core.loss import Strategy
 from rlkit.core.ratios import IcePop, NoCorrection, Rejection, TruncatedIS
+from rlkit.data.collate import collate
 from rlkit.metrics import merge, values
 
 
@@ -91,3 +106,132 @@ def test_a_selector_picks_among_all_tokens_of_the_step_and_the_same_ones_again(b
 def test_a_selector_within_microbatches_picks_nothing_beforehand(batch):
     for overrides in (["selector=none"], ["selector=clip_cov", "selector.scope=micro"]):
         assert choose(compose(overrides).selector, batch, seed=0) == (batch, {})
+
+
+# --- which tokens train, and how much -----------------------------------------------------------------------------------------
+
+
+def with_old_policy(batch):
+    """With what a pass of the policy before the update says."""
+    entropy = torch.linspace(0.1, 2.0, batch.response_mask.numel()).view_as(batch.rollout_logprobs)
+    return replace(batch, old_entropy=entropy, old_expected_score=0.3 * entropy)
+
+
+def test_dropped_tokens_leave_every_term_after_the_correction_looked_at_all(batch):
+    batch = with_old_policy(batch)
+    config = compose(["token_filter=clip_b", "token_filter.mu=0.5", "mask_truncated=true", "correction=rejection"])
+    truncated = torch.tensor([False, True, False, False, False, False])
+    kept, metrics = filtered(config, batch, truncated)
+    assert kept.train_mask is not None
+    expected = config.token_filter(
+        old_logprobs=batch.old_logprobs,
+        rollout_logprobs=batch.rollout_logprobs,
+        advantages=batch.advantages,
+        response_mask=batch.response_mask,
+        entropy=batch.old_entropy,
+    )
+    assert not torch.equal(expected, batch.response_mask)
+    expected = expected & ~truncated.unsqueeze(-1)
+    assert torch.equal(kept.train_mask, expected)
+    dropped = float((batch.response_mask & ~expected).sum() / batch.response_mask.sum())
+    assert metrics == {"filter/dropped_fraction": pytest.approx(dropped)}
+    assert torch.equal(kept.advantages, batch.advantages)
+    corrected, found = correct(config.correction, kept)
+    assert values(found) == values(correct(config.correction, batch)[1])
+    narrowed = narrow(corrected)
+    assert corrected.policy_mask is not None
+    assert narrowed.policy_mask is not None
+    assert torch.equal(narrowed.response_mask, expected)
+    assert torch.equal(narrowed.policy_mask, expected & corrected.policy_mask)
+    masks = config.strategy.masks(response_mask=narrowed.response_mask, keep=narrowed.policy_mask)
+    assert torch.equal(masks["entropy"], expected)
+
+
+def test_without_a_filter_a_batch_stays_as_it_is(batch):
+    assert filtered(compose([]), batch, torch.ones(6, dtype=torch.bool)) == (batch, {})
+    assert narrow(batch) is batch
+
+
+def test_a_weight_over_the_whole_step_multiplies_the_corrections(batch):
+    batch = with_old_policy(batch)
+    weight = compose(["token_weight=steer"]).token_weight
+    plain, metrics = weigh(weight, batch)
+    assert plain.policy_weight is not None
+    assert plain.policy_mask is batch.response_mask
+    found = plain.policy_weight[batch.response_mask]
+    assert 0.8 <= found.min() < found.max() <= 1.2
+    assert values(metrics)["token_weight/mean"] == pytest.approx(float(found.mean()))
+    corrected, _ = correct(Rejection(floor=0.5, cap=2.0), batch)
+    both, _ = weigh(weight, corrected)
+    assert both.policy_mask is corrected.policy_mask
+    assert torch.equal(both.policy_weight, plain.policy_weight * corrected.policy_weight)
+    within = compose(["token_weight=steer", "token_weight.scope=micro"]).token_weight
+    assert weigh(within, batch) == (batch, {})
+
+
+def test_advantages_come_with_weights_and_a_second_one(make_rollout):
+    rewards, lengths, texts = [1.0, 0.0, 0.0, 0.0], [2, 4, 2, 2], ["a", "b", "c", "c "]
+    rollouts = [make_rollout(index, [5], [6] * length) for index, length in enumerate(lengths)]
+    for index, (rollout, reward, text) in enumerate(zip(rollouts, rewards, texts, strict=True)):
+        rollouts[index] = replace(rollout, group_id=f"group {index // 2}", reward=reward, text=text)
+        rollout.token_rewards[-1] = reward
+    batch = collate(rollouts)
+    plain, nothing = with_advantages(compose(["advantage=dr_grpo"]), batch, rollouts)
+    assert nothing == {}
+    assert plain.advantages[:, 0].tolist() == [0.5, -0.5, 0.0, 0.0]
+    overrides = ["advantage_weights=stcr", "advantage_weights.base=2.0", "divergence=reverse_kl", "divergence_weights=dads"]
+    made, metrics = with_advantages(compose(["advantage=dr_grpo", "prompt_advantage=copo", *overrides]), batch, rollouts)
+    torch.testing.assert_close(made.advantages[:, 0], torch.tensor([0.5, -0.5 * 1.75, 0.0, 0.0]))  # 2 tokens longer: 2 - 2^-2
+    assert made.divergence_weight is not None
+    torch.testing.assert_close(made.divergence_weight, torch.tensor([0.743119, 1.0, 1.0, 1.0]), atol=1e-6, rtol=0)
+    assert made.local_weight is not None
+    assert made.prompt_advantages is not None
+    sigmoids = [1 / (1 + math.exp(-5 * (bits - 1))) for bits in (1.0, 1.0, 0.0, 0.0)]
+    torch.testing.assert_close(made.local_weight, torch.tensor(sigmoids), atol=1e-6, rtol=0)
+    torch.testing.assert_close(made.prompt_advantages[:, 0], torch.tensor([1.0, 1.0, -1.0, -1.0]) * 0.5**0.5, atol=1e-5, rtol=0)
+    assert metrics["copo/h_mean"] == 0.5
+
+
+def test_a_pattern_says_what_the_answer_is():
+    copo = compose(["prompt_advantage=copo", r"prompt_advantage.answer_pattern='#### (\S+)'"]).prompt_advantage
+    assert copo.answers(["x #### 3 or #### 4 ", "nothing", "#### 5"]) == ["4", None, "5"]
+
+
+# --- tempered samples -----------------------------------------------------------------------------------------------------------
+
+
+def aepo(*overrides: str) -> Aepo:
+    tempering = compose(["tempering=aepo", *overrides]).tempering
+    assert isinstance(tempering, Aepo)
+    return tempering
+
+
+def test_good_tempered_samples_have_a_term_of_their_own(batch):
+    """Rows 4 and 5 are tempered, and row 5 is good."""
+    advantages = torch.tensor([0.5, -0.5, 0.0, 0.2, 0.0, 1.0]).unsqueeze(-1) * batch.response_mask
+    batch = replace(batch, advantages=advantages)
+    taken, metrics = joined(aepo(), batch, 4, TemperingState(entropy=0.1))
+    assert taken.sample_ids == tuple(batch.sample_ids[row] for row in (5, 0, 1, 2, 3))
+    assert metrics == {"aepo/num_samples": 1.0, "aepo/frac_replaced": 0.0}
+    assert taken.tempered_mask is not None
+    assert taken.tempered_mask.any(-1).tolist() == [True, False, False, False, False]
+    assert taken.response_mask.any(-1).tolist() == [False, True, True, True, True]
+    strategy = compose(["tempering=aepo"]).strategy
+    masks = strategy.masks(response_mask=taken.response_mask, tempered_mask=taken.tempered_mask)
+    assert not (masks["policy"] & masks["aepo"]).any()
+
+
+def test_good_tempered_samples_take_the_place_of_the_first(batch):
+    advantages = torch.tensor([0.5, -0.5, 0.0, 0.2, 0.8, 1.0]).unsqueeze(-1) * batch.response_mask
+    batch = replace(batch, advantages=advantages)
+    taken, metrics = joined(aepo("tempering.use=replace"), batch, 4, TemperingState(entropy=0.1))
+    assert taken.sample_ids == tuple(batch.sample_ids[row] for row in (4, 5, 2, 3))
+    assert metrics == {"aepo/num_samples": 2.0, "aepo/frac_replaced": 0.5}
+    assert taken.tempered_mask is None
+    assert torch.equal(taken.advantages[:2], taken.response_mask[:2].float())
+    assert torch.equal(taken.rollout_logprobs[:2], taken.old_logprobs[:2])
+    width = taken.response_mask.shape[1]
+    assert torch.equal(taken.advantages[2:], batch.advantages[2:4, :width])
+    assert torch.equal(taken.rollout_logprobs[2:], batch.rollout_logprobs[2:4, :width])
+    above, _ = joined(aepo("tempering.use=replace"), batch, 4, TemperingState(entropy=0.9))
+    assert above.sample_ids == tuple(batch.sample_ids[row] for row in (4, 1, 2, 3))

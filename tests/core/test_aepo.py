@@ -38,8 +38,9 @@ def test_the_state_is_the_newest_finite_entropy_and_survives_json():
 def test_a_quarter_of_the_prompts_is_sampled_once_more_unless_nothing_is():
     assert [Aepo().num_prompts(prompts) for prompts in (512, 7, 3)] == [128, 1, 0]
     assert Aepo(use=TemperedUse.dcpo).num_prompts(512) == 0
-    assert Aepo().needs == Aepo(use=TemperedUse.replace).needs == {"tempered_rollouts"}
-    assert Aepo(use=TemperedUse.dcpo).needs == {"tempered_old_logprobs"}
+    assert Aepo().needs == {"tempered_rollouts"}
+    assert Aepo(use=TemperedUse.replace).needs == {"tempered_rollouts", "old_pass"}
+    assert Aepo(use=TemperedUse.dcpo).needs == {"tempered_old_logprobs", "old_pass"}
 
 
 @pytest.mark.parametrize(("state", "count"), [(LOW, 60), (HIGH, 30)], ids=["low", "high"])
@@ -72,15 +73,11 @@ def test_every_good_tempered_sample_joins_a_whole_batch_in_the_additive_form():
     assert joined.main.tolist() == [0, 1, 2]
 
 
-def test_a_replaced_rows_advantage_is_one_on_its_tokens(f1):
-    assert torch.equal(Aepo().replacement_advantages(f1.response_mask), f1.response_mask.float())
-
-
 TEMPERED = torch.tensor([False, True, False, True, True, False])  # the fifth row of `ragged` is empty
 
 
 def test_the_additive_term_is_the_mean_negative_logprob_of_the_tempered_rows_tokens(ragged):
-    term = Aepo(coef=0.07).term(logprobs=ragged.logprobs, response_mask=ragged.response_mask, tempered=TEMPERED)
+    term = Aepo(coef=0.07).term(logprobs=ragged.logprobs, mask=ragged.response_mask & TEMPERED.unsqueeze(-1))
     assert (term.name, term.coef) == ("aepo", 0.07)
     mask = ragged.response_mask & TEMPERED[:, None]
     assert torch.equal(term.mask, mask)
@@ -90,7 +87,7 @@ def test_the_additive_term_is_the_mean_negative_logprob_of_the_tempered_rows_tok
 
 
 def test_the_additive_term_without_tempered_rows_is_zero_and_attached(ragged):
-    term = Aepo().term(logprobs=ragged.logprobs, response_mask=ragged.response_mask, tempered=torch.zeros(6, dtype=torch.bool))
+    term = Aepo().term(logprobs=ragged.logprobs, mask=torch.zeros_like(ragged.response_mask))
     (gradient,) = torch.autograd.grad(value_of(term), ragged.logprobs)
     assert value_of(term).item() == 0
     assert gradient.eq(0).all()
@@ -98,10 +95,10 @@ def test_the_additive_term_without_tempered_rows_is_zero_and_attached(ragged):
 
 @pytest.mark.parametrize("sizes", [[1] * 6, [2, 3, 1], [5, 1]], ids=str)
 def test_the_additive_term_does_not_depend_on_how_the_step_is_split(ragged, sizes):
-    whole = Aepo().term(logprobs=ragged.logprobs, response_mask=ragged.response_mask, tempered=TEMPERED)
+    whole = Aepo().term(logprobs=ragged.logprobs, mask=ragged.response_mask & TEMPERED.unsqueeze(-1))
     denominators = Denominators.count(whole.mask, max_response_tokens=9)
     parts = zip(*(x.split(sizes) for x in (ragged.logprobs, ragged.response_mask, TEMPERED)), strict=True)
-    values = [value_of(Aepo().term(logprobs=a, response_mask=b, tempered=c), denominators) for a, b, c in parts]
+    values = [value_of(Aepo().term(logprobs=a, mask=b & c.unsqueeze(-1)), denominators) for a, b, c in parts]
     assert torch.stack(values).sum().item() == pytest.approx(value_of(whole).item(), abs=1e-12)
 
 
@@ -112,7 +109,7 @@ def test_imitating_tempered_samples_moves_the_entropy_to_the_side_of_their_tempe
     # By enumeration: the term's expected gradient in the logits under samples at that temperature, and a step of .05 down it.
     logits = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64).log().requires_grad_()
     ones = torch.ones(1, 3, dtype=torch.bool)
-    term = Aepo().term(logprobs=logits.log_softmax(-1)[None], response_mask=ones, tempered=torch.tensor([True]))
+    term = Aepo().term(logprobs=logits.log_softmax(-1)[None], mask=ones)
     (gradient,) = torch.autograd.grad(((logits.detach() / temperature).softmax(-1) * term.loss[0]).sum(), logits)
     before, after = (torch.distributions.Categorical(logits=z).entropy() for z in (logits, logits - 0.05 * gradient))
     assert (after - before).item() == pytest.approx(expected, abs=1e-8)
@@ -176,7 +173,7 @@ def test_garbage_in_masked_cells_of_the_additive_term_reaches_nothing(ragged):
     results = []
     for garbage in (0.0, NAN, INF, -INF):
         logprobs = ragged.logprobs.detach().masked_fill(~mask, garbage).requires_grad_()
-        value = value_of(Aepo().term(logprobs=logprobs, response_mask=ragged.response_mask, tempered=TEMPERED))
+        value = value_of(Aepo().term(logprobs=logprobs, mask=ragged.response_mask & TEMPERED.unsqueeze(-1)))
         (gradient,) = torch.autograd.grad(value, logprobs)
         assert gradient[~mask].eq(0).all()
         results.append((value.item(), gradient))

@@ -4,13 +4,15 @@ from typing import ClassVar
 import pytest
 import torch
 
+from rlkit.core.copo import Blend
 from rlkit.core.divergences import Estimator, NoDivergence, ReverseKL
 from rlkit.core.entropy import EntropyBonus, NoEntropy
 from rlkit.core.loss import Knobs, Strategy
 from rlkit.core.objectives import ClippedSurrogate, Surrogate
 from rlkit.core.ratios import Correction, NoCorrection, Weights
 from rlkit.core.reduce import Aggregation, Denominators, reduce
-from rlkit.core.selectors import NoSelector, Selector
+from rlkit.core.selectors import NoSelector, Scope, Selector
+from rlkit.core.weights import HighEntropy
 
 NAN = float("nan")
 
@@ -94,6 +96,39 @@ def test_without_options_there_is_the_policy_term_alone(f1):
     assert torch.equal(step.keep, f1.response_mask)
     assert value_of(policy).item() == pytest.approx(-0.214926, abs=1e-6)
     assert (step.surrogate.clipped & f1.response_mask).nonzero().tolist() == [[0, 1]]
+
+
+def test_a_token_weight_within_the_microbatch_multiplies_the_policy_term_alone(f1):
+    weighted = replace(FULL, token_weight=HighEntropy(fraction=0.2, scope=Scope.micro))
+    plain, terms = (build(strategy, f1, divergence_coef=0.05, entropy_coef=0.01).terms for strategy in (FULL, weighted))
+    selected = [[0, 2], [3, 0]]
+    assert (terms[0].loss != 0).nonzero().tolist() == selected
+    assert all(terms[0].loss[row, column] == plain[0].loss[row, column] for row, column in selected)
+    assert torch.equal(terms[0].mask, plain[0].mask)
+    for mine, theirs in zip(terms[1:], plain[1:], strict=True):
+        assert torch.equal(mine.loss[f1.response_mask], theirs.loss[f1.response_mask])
+
+
+def test_a_second_advantage_is_blended_in_before_anything_looks_at_the_loss(f1):
+    """The worked numbers of COPO: row losses .018889, .902817, -.666315, -.842847."""
+    strategy = replace(PLAIN, objective=ClippedSurrogate(dual_clip=3.0), aggregation=Aggregation.seq_mean_token_mean)
+    local = torch.tensor([0.707106, -0.707106, 0.0, 0.0]).unsqueeze(-1).expand(f1.response_mask.shape)
+    second = torch.tensor([-0.707105, -0.707105, 0.707105, 0.707105]).unsqueeze(-1).expand(f1.response_mask.shape)
+    blend = Blend(advantages=second, weight=torch.tensor([0.5, 0.5, 0.006693, 0.006693]))
+    fields = {"logprobs": f1.logprobs, "old_logprobs": f1.old_logprobs, "rollout_logprobs": f1.rollout_logprobs}
+    step = strategy.terms(**fields, advantages=local, response_mask=f1.response_mask, knobs=Knobs(), blend=blend)
+    assert value_of(step.terms[0]).item() == pytest.approx(-0.146864, abs=2e-6)
+
+
+def test_a_response_weight_multiplies_its_divergence_alone(f1):
+    weight = torch.tensor([0.5, 1.0, 2.0, 0.0])
+    plain = build(FULL, f1, divergence_coef=0.05, entropy_coef=0.01).terms
+    fields = {name: getattr(f1, name) for name in ("logprobs", "old_logprobs", "rollout_logprobs", "advantages", "response_mask")}
+    fields |= {"ref_logprobs": f1.ref_logprobs, "entropy": f1.entropy, "divergence_weight": weight}
+    terms = FULL.terms(**fields, knobs=Knobs(divergence_coef=0.05, entropy_coef=0.01)).terms
+    mask = f1.response_mask
+    assert torch.equal(terms[1].loss[mask], (plain[1].loss * weight.unsqueeze(-1))[mask])
+    assert all(torch.equal(terms[number].loss[mask], plain[number].loss[mask]) for number in (0, 2))
 
 
 def test_terms_come_in_order_each_with_its_own_coefficient(f1):

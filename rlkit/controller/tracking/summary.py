@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlkit.controller.tracking import forecast
 from rlkit.controller.tracking.format import duration, number
 from rlkit.controller.tracking.history import Evaluated, History, step_parts
 
@@ -34,6 +35,7 @@ class Summary:
     first: Evaluated | None = None
     last: Evaluated | None = None  # None where there was only one
     best: Best | None = None
+    forecast: str | None = None  # of the entropy-performance law
     checkpoint: Path | None = None
 
     @property
@@ -68,6 +70,8 @@ class Summary:
         found = []
         if self.best is not None:
             found.append(("best", f"{self.best.metric} {number(self.best.value)} at step {self.best.step}"))
+        if self.forecast is not None:
+            found.append(("forecast", self.forecast))
         shares = sorted(self.time_s.items(), key=lambda item: -item[1])
         found.append(("time", ", ".join(f"{part} {100 * s / self.wall_s:.0f}%" for part, s in shares if s >= 0.005 * self.wall_s)))
         if self.checkpoint is not None:
@@ -104,6 +108,7 @@ class Summary:
             "wall_s": self.wall_s,
             "time_s": self.time_s,
             "evaluation": {key: asdict(e) for key, e in (("first", self.first), ("last", self.last)) if e is not None},
+            "forecast": self.forecast,
             "best": None if self.best is None else asdict(self.best),
             "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
             "commands": self.commands,
@@ -139,6 +144,7 @@ def summarise(
         first=evaluations[0] if evaluations else None,
         last=evaluations[-1] if len(evaluations) > 1 else None,
         best=_best(history),
+        forecast=forecast.fact(history),
         checkpoint=checkpoint,
     )
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from rlkit.config import RunConfig, WandbTracking
-from rlkit.controller.tracking import files
+from rlkit.controller.tracking import files, forecast
 from rlkit.controller.tracking.console import open_display, printable
 from rlkit.controller.tracking.history import read_history
 from rlkit.controller.tracking.plots import write_plots
@@ -75,8 +75,12 @@ class Tracker:
             sink.step(step, values)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A held-out evaluation after `step`: names `evaluation/x`, intervals `evaluation/x_low` and `evaluation/x_high`."""
+        """A held-out evaluation after `step`: names `evaluation/x`, intervals `evaluation/x_low` and `evaluation/x_high`.
+
+        What the evaluations before it forecast is added.
+        """
         values = {name: float(value) for name, value in metrics.items()}
+        values |= forecast.metrics(read_history(self._run_dir / "metrics.jsonl"))
         for sink in self._sinks:
             sink.evaluation(step, values)
 

@@ -20,7 +20,7 @@ from rlkit.compose import compose
 from rlkit.controller.placement import Seat
 from rlkit.errors import SyncError, WorkerError
 from rlkit.types import Completion, SampleRequest, SamplingSpec
-from rlkit.workers.learner import Learner
+from rlkit.workers.learner import Learner, local_tensor
 from rlkit.workers.rollout.engine import EngineSpec
 from rlkit.workers.rollout.vllm_async import PREFIX, SHARED_MEMORY, AsyncVllmRolloutEngine, sweep_shared_memory
 from rlkit.workers.weight_sync import TOLERANCES, Manifest, WeightPart, check_behaviour, sync_weights
@@ -47,6 +47,12 @@ class OneEngine:
 
     def layer_outputs(self, engine, sequence):
         return self._handle.call("layer_outputs", sequence).result(DEADLINE_S)
+
+
+@pytest.fixture(autouse=True)
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a large model's: these are so small that one part would hold them."""
+    monkeypatch.setattr("rlkit.workers.weight_sync.PART_BYTES", 1)
 
 
 def begin(learner: Learner, folder: str) -> None:
@@ -125,7 +131,7 @@ def test_adapters_reach_the_engine_merged_and_a_forgotten_merge_is_noticed(engin
     with torch.no_grad():  # a fresh B is zero
         for name, parameter in learner.policy.model.named_parameters():
             if ".layers.1." in name and ".lora_B." in name:
-                parameter.to_local().normal_(std=0.05, generator=torch.Generator().manual_seed(7))
+                local_tensor(parameter).normal_(std=0.05, generator=torch.Generator().manual_seed(7))
     with monkeypatch.context() as patch:
         patch.setattr("rlkit.data.models.lora.merge", lambda weight, **adapter: weight)
         with pytest.raises(SyncError, match=r"first difference: layers\.1 .* does not hold the learner's weights"):
