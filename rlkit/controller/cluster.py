@@ -265,7 +265,8 @@ class RayCluster:
 
     def worker(self, key: Hashable, name: str, target: str, *args: Any, seat: Seat, **kwargs: Any) -> Handle:
         self._in_use.add(seat.group)
-        if key not in self._workers or not self._workers[key].is_alive:
+        known = self._workers.get(key)
+        if known is None or not known.is_alive or known.seat != seat:
             self._clear(name, seat)
             self._workers[key] = self._start(name, target, args, kwargs, seat)
         return self._workers[key]
@@ -302,7 +303,9 @@ class RayCluster:
         if seat.group not in self._groups:
             self._groups[seat.group] = Group.reserve(seat, name, has_devices=self._has_devices, make_room=self._make_room)
         threads = str(len(core_share(seat.share)))
-        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if seat.yields_cores:
+            environment["OMP_WAIT_POLICY"] = "passive"
         # A tensor-parallel engine's devices belong to the workers that vLLM places in its bundles, not to the engine's own actor.
         devices = seat.device_share if self._has_devices and len(seat.bundles) == 1 else 0
         actor = (

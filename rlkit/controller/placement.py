@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlkit.config import RunConfig
 from rlkit.settings import Placement
@@ -21,6 +21,9 @@ class Seat:
     bundles: tuple[int, ...] = (0,)  # that are this worker's
     workers_per_bundle: int = 1  # that may ever sit there
     device_share: float = 1.0  # of each of its bundles' devices, where there are any
+    # Whether its threads sleep at once where they wait for each other. Those of workers that compute at the same time on the same
+    # cores must; otherwise a learner is a tenth slower for it.
+    yields_cores: bool = False
 
 
 def engine_seat(config: RunConfig, index: int, *, purpose: str = "training") -> Seat:
@@ -34,30 +37,23 @@ def engine_seat(config: RunConfig, index: int, *, purpose: str = "training") -> 
         bundles=tuple(range(size)),
         workers_per_bundle=3 if is_shared else 1,
         device_share=COLOCATED_SHARE if is_shared else 1.0,
+        yields_cores=config.max_staleness > 0,
     )
 
 
 def rank_seat(config: RunConfig, index: int) -> Seat:
     share = (index, config.learner.num_ranks)
     if config.placement is Placement.separate:
-        return Seat(share=share, group=f"learner rank {index}")
+        return Seat(share=share, group=f"learner rank {index}", yields_cores=config.max_staleness > 0)
     return _beside_an_engine(config, index, share)
 
 
 def scorer_seat(config: RunConfig) -> Seat:
     if config.placement is Placement.separate:
-        return Seat(group="reference scorer")
+        return Seat(group="reference scorer", yields_cores=config.max_staleness > 0)
     return _beside_an_engine(config, 0, (0, 1))
 
 
 def _beside_an_engine(config: RunConfig, device: int, share: tuple[int, int]) -> Seat:
     engine, bundle = divmod(device, config.rollout.devices_per_engine)
-    beside = engine_seat(config, engine)
-    return Seat(
-        share=share,
-        group=beside.group,
-        group_size=beside.group_size,
-        bundles=(bundle,),
-        workers_per_bundle=beside.workers_per_bundle,
-        device_share=beside.device_share,
-    )
+    return replace(engine_seat(config, engine), share=share, bundles=(bundle,))

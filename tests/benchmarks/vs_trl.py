@@ -26,7 +26,12 @@ ITEMS = {
     "N4": {"model": "nano", "dtype": "float32", "prompts": 4, "group": 8, "max_tokens": 256, "stops": 13, "rate": 1e-5},
     "S1": {"model": "smollm2_135m", "dtype": "bfloat16", "prompts": 1, "group": 8, "max_tokens": 48, "stops": 0, "rate": 1e-6},
 }
-SYSTEMS = ("trl", "rlkit-vllm", "rlkit-transformers")
+SYSTEMS = {  # name -> rlkit's engine settings
+    "trl": [],
+    "rlkit-vllm": ["rollout=vllm"],
+    "rlkit-vllm-compiled": ["rollout=vllm", "rollout.enforce_eager=false"],
+    "rlkit-transformers": ["rollout=transformers"],
+}
 WARM_UP = 2  # steps
 MAX_SPREAD = 0.25
 REWARD = "def letter_a(prompts, completions, **columns):\n    return [c.count('a') / max(len(c), 1) for c in completions]\n"
@@ -91,7 +96,7 @@ def prompts(item: dict) -> list[str]:
     ]
 
 
-def run_rlkit(item: dict, model: str, work: Path, steps: int, engine: str) -> list[dict]:
+def run_rlkit(item: dict, model: str, work: Path, steps: int, engine: list[str]) -> list[dict]:
     from rlkit import cli
 
     rows = [{"prompt": text} for text in prompts(item)]
@@ -103,7 +108,7 @@ def run_rlkit(item: dict, model: str, work: Path, steps: int, engine: str) -> li
         "data=jsonl",
         f"data.path={work / 'data.jsonl'}",
         f"reward.fn={work / 'reward.py'}:letter_a",
-        f"rollout={engine}",
+        *engine,
         "evaluation=none",
         f"run_dir={work / 'run'}",
         f"num_steps={steps}",
@@ -213,7 +218,7 @@ def child(arguments: argparse.Namespace) -> None:
         if arguments.system == "trl":
             steps = run_trl(item, model, work, arguments.steps)
         else:
-            steps = run_rlkit(item, model, work, arguments.steps, arguments.system.removeprefix("rlkit-"))
+            steps = run_rlkit(item, model, work, arguments.steps, SYSTEMS[arguments.system])
     Path(arguments.out).write_text(json.dumps({"gflops": rate, "steps": steps}))
 
 
@@ -234,7 +239,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", default="vs_trl.json")
-    parser.add_argument("--system", choices=SYSTEMS, help=argparse.SUPPRESS)  # one run, in a process of its own
+    parser.add_argument("--system", choices=list(SYSTEMS), help=argparse.SUPPRESS)  # one run, in a process of its own
     arguments = parser.parse_args()
     if arguments.system:
         child(arguments)
