@@ -124,7 +124,7 @@ def test_what_only_earlier_runs_used_goes_where_its_room_is_needed(monkeypatch):
     assert not fake.killed
     ray_cluster.begin_run()
     start(ray_cluster, compose([]))
-    assert fake.killed == [fake.actors[1]]
+    assert fake.killed == fake.actors[:2]  # engine 0 has all of the cores now, and is another
     assert fake.groups[1] in fake.removed
 
 

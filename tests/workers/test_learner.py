@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 
 from rlkit.compose import compose
+from rlkit.controller.preparation import choose, filtered, narrow, weigh
+from rlkit.controller.progress import Progress
 from rlkit.core.loss import Knobs
 from rlkit.core.reduce import Denominators
 from rlkit.data.models.loading import load_model
@@ -113,6 +115,43 @@ def test_microbatches_and_head_chunks_leave_the_gradient_unchanged(begin, make_b
     split = gradient_of_one_step(learner, batch, entropy_coef=0.1)
     for name, gradient in whole.items():
         assert (split[name] - gradient).norm() / gradient.norm() < 2e-5, name
+
+
+WHOLE_STEP = {  # strategies that are asked about a whole optimiser step or batch of rollouts -> their settings
+    "siren": ["entropy=siren"],
+    "epo": ["entropy=epo"],
+    "steer": ["token_weight=steer"],
+    "high_entropy": ["token_weight=high_entropy"],
+    "clip_v": ["token_filter=clip_v", "token_filter.mu=0.1", "token_filter.max_fraction=0.5"],
+    "kl_cov": ["objective=unclipped", "selector=kl_cov", "selector.token_fraction=0.2"],
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_STEP)
+def test_what_looks_at_a_whole_step_does_not_depend_on_its_microbatches(begin, make_batch, name):
+    """As the loop prepares a batch: measured, filtered, weighed and chosen from before the first microbatch."""
+
+    def gradient(*overrides: str) -> dict[str, torch.Tensor]:
+        learner = begin("aggregation=token_mean", *WHOLE_STEP[name], *overrides)
+        config, batch = learner.config, make_batch(rows=9)
+        batch = replace(batch, turns=torch.arange(9).unsqueeze(-1).expand(batch.response_mask.shape) % 2)
+        batch = replace(batch, **learner.measure(batch))
+        progress = Progress.start(config).having_seen(config, batch)
+        batch, _ = filtered(config, batch, torch.zeros(9, dtype=torch.bool))
+        batch, _ = weigh(config.token_weight, narrow(batch))
+        batch, _ = choose(config.selector, batch, seed=3)
+        batch = replace(batch, old_logprobs=batch.old_logprobs + 0.05)  # else a pull back to it has no direction
+        if overrides:
+            config.learner.tokens_per_microbatch = 20
+        measured = config.entropy.measure(nucleus_entropy=batch.old_nucleus_entropy, response_mask=batch.response_mask)
+        if measured is not None:
+            measured += 0.2  # H~ away from its anchor, or there is nothing to pull
+        return gradient_of_one_step(learner, batch, entropy_coef=0.3, entropy_state=progress.entropy, entropy_measured=measured)
+
+    whole, split = gradient(), gradient("learner.layout=padded")
+    assert all(gradient.norm() > 0 for gradient in whole.values())
+    for parameter, each in whole.items():
+        assert (split[parameter] - each).norm() / each.norm() < 5e-5, parameter
 
 
 def test_activation_checkpointing_leaves_the_gradient_unchanged_and_keeps_less(begin, make_batch):

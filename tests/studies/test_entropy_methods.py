@@ -1,0 +1,87 @@
+"""What entropy methods are for, seen in longer runs: plain GRPO spends its entropy, each method keeps more of it.
+
+    pytest -m study tests/studies/test_entropy_methods.py
+
+One sweep from the tiny model with real vLLM; it writes entropy_methods.json, which is committed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlkit.controller.tracking.history import read_history
+
+RLKIT = str(Path(sys.executable).with_name("rlkit"))
+FIGURES = Path(__file__).with_name("entropy_methods.json")
+NUM_STEPS = 80
+LAST = 10  # steps that an end value is the mean of
+TARGET = 0.5  # nats, of the controllers
+# Fast learning and little else: a run that spends its entropy within the steps of the study.
+COMMON = ["prompts_per_step=16", "group_size=8", f"num_steps={NUM_STEPS}", "optimizer.learning_rate=1e-3"]
+COMMON += ["evaluation.every=0", "evaluation.num_prompts=64", "evaluation.samples_per_prompt=8", "evaluation.ks=[1,8]"]
+COMMON += ["tracking.save_rollouts_every=1000"]
+ARMS = {
+    "grpo": [],
+    "entropy_bonus": ["entropy=bonus", "entropy.coef=0.02"],
+    "clip_cov": ["experiment=clip_cov", "selector.token_fraction=0.02", "selector.cov_low=0.2", "selector.cov_high=20"],
+    "kl_cov": ["experiment=kl_cov", "selector.token_fraction=0.02"],
+    "steer": ["experiment=steer", "token_weight.min_weight=0.2"],
+    "high_entropy": ["experiment=high_entropy"],
+    "clip_b": ["experiment=clip_b", "token_filter.mu=1", "token_filter.sides=both"],
+    "clip_v": ["experiment=clip_v", "token_filter.mu=1", "token_filter.max_fraction=0.05", "token_filter.sides=both"],
+    "siren": ["experiment=siren", "entropy.coef=0.2"],
+    "epo": ["experiment=epo", "entropy.coef=0.02", "entropy.phase_steps=80"],
+    "aepo": ["experiment=aepo", f"tempering.target={TARGET}"],
+    "pid_entropy": ["experiment=pid_entropy", f"control.target={TARGET}"],
+    "skywork_entropy": ["experiment=skywork_entropy", f"control.target={TARGET}"],
+}
+
+
+def entropy_of(folder: Path) -> list[float]:
+    return read_history(folder / "metrics.jsonl").series("entropy/mean")[1]
+
+
+@pytest.mark.study
+@pytest.mark.timeout(3600)
+def test_methods_keep_entropy_that_plain_grpo_spends(tmp_path):
+    figures = {}
+    for name, overrides in ARMS.items():
+        command = [RLKIT, "train", *overrides, *COMMON, f"run_dir={tmp_path / name}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, (name, done.stderr[-2000:])
+        entropy = entropy_of(tmp_path / name)
+        evaluations = read_history(tmp_path / name / "metrics.jsonl").evaluations
+        figures[name] = {
+            "overrides": " ".join(overrides),
+            "entropy_first": round(statistics.mean(entropy[:3]), 3),
+            "entropy_last": round(statistics.mean(entropy[-LAST:]), 3),
+            "entropy_min": round(min(entropy), 3),
+            "pass@1": [round(each.estimates["pass@1"].value, 3) for each in evaluations],
+            "pass@8": [round(each.estimates["pass@8"].value, 3) for each in evaluations],
+            "entropy": [round(value, 3) for value in entropy[::5]],
+        }
+        FIGURES.write_text(json.dumps({"common": " ".join(COMMON), "runs": figures}, indent=1) + "\n")
+    assert_what_they_are_for(figures)
+
+
+def assert_what_they_are_for(figures: dict[str, dict]) -> None:
+    plain = figures["grpo"]
+    assert plain["entropy_last"] < 0.6 * plain["entropy_first"]
+    worse = {name: each["entropy_last"] for name, each in figures.items() if name != "grpo"}
+    assert {name: value for name, value in worse.items() if value <= plain["entropy_last"]} == {}
+    assert abs(figures["pid_entropy"]["entropy_last"] - TARGET) <= 0.1 * TARGET
+
+
+def test_the_committed_figures_are_of_the_present_arms_and_show_it():
+    committed = json.loads(FIGURES.read_text())
+    assert committed["common"] == " ".join(COMMON)
+    assert {name: run["overrides"] for name, run in committed["runs"].items()} == {
+        name: " ".join(overrides) for name, overrides in ARMS.items()
+    }
+    assert_what_they_are_for(committed["runs"])

@@ -1,0 +1,65 @@
+"""Choices of several groups together: each combination trains, or is refused with the sentence that is right about it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from rlkit.compose import compose
+from rlkit.controller.local import InProcessCluster
+from rlkit.controller.loop import train
+from rlkit.errors import ConfigError
+
+SMALL = ["cluster=inprocess", "rollout=transformers", "evaluation=none", "num_steps=2", "prompts_per_step=4", "group_size=4"]
+SMALL += ["tracking.save_rollouts_every=100"]
+
+TRAINED = [
+    "objective=gspo entropy=siren control=pid control.target=0.8",
+    "advantage=rloo objective=cispo correction=tis entropy=bonus control=skywork entropy.coef=0 control.target=0.9",
+    "advantage=gae critic=value_model critic.backbone=shared selector=clip_cov token_filter=clip_v",
+    "aggregation=const_norm divergence=reverse_kl divergence.estimator=exact safeguard=asymmetric token_weight=steer",
+    "advantage=vapo critic=double_softmin imitation=positive entropy=siren epochs_per_batch=2",
+    "prompt_filter=dynamic prompt_filter.max_batches=0 prompt_advantage=copo entropy=epo mask_truncated=true",
+    "tempering=aepo objective=gmpo correction=icepop optimizer_steps_per_batch=2",
+    "tempering=aepo tempering.use=dcpo advantage=reinforce_pp selector=kl_cov objective=unclipped",
+    "correction=rejection token_weight=high_entropy token_weight.scope=micro token_filter=clip_b optimizer_steps_per_batch=2",
+    "learner=lora entropy=siren entropy.scope=micro advantage_weights=stcr divergence=reverse_kl divergence_weights=dads",
+    "max_staleness=1 correction=decoupled_ppo selector=clip_cov token_weight=steer entropy=bonus",
+    "control=dual control.target=0.02 divergence=reverse_kl divergence.estimator=k2 objective=reinforce advantage=gpg",
+]
+
+REFUSED = {
+    "objective=gspo selector=clip_cov": "selector=clip_cov: it tells tokens apart, and objective=gspo has one ratio",
+    "objective=gmpo token_weight=steer token_filter=clip_b": "token_filter=clip_b: it tells tokens apart",
+    "tempering=aepo advantage=reinforce_pp": "tempering=aepo: its samples are groups of their own",
+    "tempering=aepo token_filter=clip_b": "token_filter=clip_b: it looks at all responses of a batch",
+    "tempering=aepo max_staleness=1": "tempering=aepo: its temperature follows from the step before",
+    "prompt_filter=dynamic max_staleness=1": "prompt_filter=dynamic: how many prompts a step draws is known only after it",
+    "safeguard=entropy_gated": "safeguard=entropy_gated: there is no divergence for it to act on",
+    "safeguard=asymmetric divergence=reverse_kl safeguard.kl_mode=direct": "safeguard.kl_mode=direct: it needs the KL",
+    "divergence_weights=dads": "divergence_weights=dads: there is no divergence for it to act on",
+    "selector=kl_cov objective=clipped": "selector=kl_cov: its pull takes a clip's place",
+    "entropy=siren divergence=reverse_kl control=pid control.target=1": "control=pid: it moves one coefficient, and divergence and entropy",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", TRAINED)
+def test_it_trains(overrides: str, in_folder: Path):
+    train(compose([*SMALL, "run_dir=run", *overrides.split()]), InProcessCluster())
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["policy/skipped_steps"] == 0
+        assert all(math.isfinite(row[name]) for name in row if name.endswith("/loss"))
+        assert row["sync/probe_max"] <= 1e-4
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_it_is_refused_with_the_reason(overrides: str):
+    with pytest.raises(ConfigError) as refusal:
+        compose(overrides.split())
+    assert REFUSED[overrides] in str(refusal.value)
