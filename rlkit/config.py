@@ -43,6 +43,7 @@ from rlkit.core.imitation import Imitation, NoImitation, PositiveExamples
 from rlkit.core.loss import Strategy
 from rlkit.core.objectives import CISPO, GMPO, GSPO, ClippedSurrogate, Objective, ScoreFunction, UnclippedSurrogate
 from rlkit.core.ratios import (
+    Bypass,
     Correction,
     DecoupledPPO,
     DivergenceRejection,
@@ -197,8 +198,13 @@ class RunConfig:
     @property
     def measures_policy(self) -> bool:
         """Whether a batch of rollouts needs a forward pass of the present policy before it is trained on."""
-        several = self.optimizer_steps_per_step > 1 and not self.max_staleness
+        several = self.optimizer_steps_per_step > 1 and not self.compares_with_sampler
         return several or bool(self.needs & MEASURED)
+
+    @property
+    def compares_with_sampler(self) -> bool:
+        """Whether old_logprobs are the engine's: the ratio is then to the policy that sampled, at whatever version."""
+        return "rollout_as_old" in self.needs or (self.max_staleness > 0 and "proximal_logprobs" not in self.needs)
 
     @property
     def compares_groups(self) -> bool:
@@ -260,6 +266,7 @@ CHOICES: dict[str, dict[str, type]] = {
     },
     "correction": {
         "none": NoCorrection,
+        "bypass": Bypass,
         "tis": TruncatedIS,
         "masked_is": MaskedIS,
         "icepop": IcePop,

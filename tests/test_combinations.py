@@ -42,7 +42,7 @@ REFUSED = {
     "safeguard=asymmetric divergence=reverse_kl safeguard.kl_mode=direct": "safeguard.kl_mode=direct: it needs the KL",
     "divergence_weights=dads": "divergence_weights=dads: there is no divergence for it to act on",
     "selector=kl_cov objective=clipped": "selector=kl_cov: its pull takes a clip's place",
-    "entropy=siren divergence=reverse_kl control=pid control.target=1": "control=pid: it moves one coefficient, and divergence and entropy",
+    "entropy=siren divergence=reverse_kl control=pid control.target=1": "control=pid: it moves one coefficient",
 }
 
 

@@ -273,8 +273,7 @@ class Run:
         )
         if config.measures_policy:
             batch = replace(batch, **self.learner.measure(batch))
-        if config.max_staleness and "proximal_logprobs" not in config.needs:
-            # The ratio is to the policy that sampled, which is not the present one.
+        if config.compares_with_sampler:
             batch = replace(batch, old_logprobs=batch.rollout_logprobs)
         if "values" in config.needs:
             batch = replace(batch, **self.learner.values(batch))

@@ -115,6 +115,21 @@ class NoCorrection(Correction):
 
 
 @dataclass(kw_only=True, slots=True)
+class Bypass(Correction):
+    """The ratio of the objective is to the engine's own log-probabilities, so that it corrects the mismatch itself.
+
+    old_logprobs are rollout_logprobs, and no pass of the policy before the update is needed. With objective=clipped the clip is
+    around the policy that sampled; objective=cispo is REINFORCE with a truncated weight. A weight besides would correct twice.
+    Source: verl's code (bypass mode of its rollout correction).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"rollout_as_old"})
+
+    def __call__(self, *, old_logprobs: Tensor, rollout_logprobs: Tensor, response_mask: Tensor) -> None:
+        """Leaves the policy term as it is."""
+
+
+@dataclass(kw_only=True, slots=True)
 class MismatchCorrection(Correction):
     """Base of the corrections that look at rho = exp(old_logprobs - rollout_logprobs), from the sampler to the update's start.
 

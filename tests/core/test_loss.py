@@ -8,8 +8,8 @@ from rlkit.core.copo import Blend
 from rlkit.core.divergences import Estimator, NoDivergence, ReverseKL
 from rlkit.core.entropy import EntropyBonus, NoEntropy
 from rlkit.core.loss import Knobs, Strategy
-from rlkit.core.objectives import ClippedSurrogate, Surrogate
-from rlkit.core.ratios import Correction, NoCorrection, Weights
+from rlkit.core.objectives import CISPO, ClippedSurrogate, Surrogate
+from rlkit.core.ratios import Bypass, Correction, NoCorrection, Weights
 from rlkit.core.reduce import Aggregation, Denominators, reduce
 from rlkit.core.selectors import NoSelector, Scope, Selector
 from rlkit.core.weights import HighEntropy
@@ -129,6 +129,14 @@ def test_a_response_weight_multiplies_its_divergence_alone(f1):
     mask = f1.response_mask
     assert torch.equal(terms[1].loss[mask], (plain[1].loss * weight.unsqueeze(-1))[mask])
     assert all(torch.equal(terms[number].loss[mask], plain[number].loss[mask]) for number in (0, 2))
+
+
+def test_bypass_compares_with_the_engine_and_weighs_nothing(f1):
+    """The worked numbers: clipped at 0.2 on both sides, and REINFORCE with a weight of at most 2."""
+    of_engine = {"old_logprobs": f1.rollout_logprobs}
+    for objective, expected in ((ClippedSurrogate(), -0.029168), (CISPO(clip_high=1.0), 0.056905)):
+        (policy,) = build(replace(PLAIN, objective=objective, correction=Bypass()), f1, **of_engine).terms
+        assert value_of(policy).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_terms_come_in_order_each_with_its_own_coefficient(f1):

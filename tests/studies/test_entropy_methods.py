@@ -2,22 +2,21 @@
 
     pytest -m study tests/studies/test_entropy_methods.py
 
-One sweep from the tiny model with real vLLM; it writes entropy_methods.json, which is committed.
+One run after the other from the tiny model, with real vLLM; it writes entropy_methods.json, which is committed.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from rlkit.compose import compose
+from rlkit.controller.loop import train
 from rlkit.controller.tracking.history import read_history
 
-RLKIT = str(Path(sys.executable).with_name("rlkit"))
 FIGURES = Path(__file__).with_name("entropy_methods.json")
 NUM_STEPS = 80
 LAST = 10  # steps that an end value is the mean of
@@ -49,12 +48,10 @@ def entropy_of(folder: Path) -> list[float]:
 
 @pytest.mark.study
 @pytest.mark.timeout(3600)
-def test_methods_keep_entropy_that_plain_grpo_spends(tmp_path):
+def test_methods_keep_entropy_that_plain_grpo_spends(tmp_path, ray_cluster):
     figures = {}
     for name, overrides in ARMS.items():
-        command = [RLKIT, "train", *overrides, *COMMON, f"run_dir={tmp_path / name}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-        assert done.returncode == 0, (name, done.stderr[-2000:])
+        train(compose([*overrides, *COMMON, f"run_dir={tmp_path / name}"]), ray_cluster)
         entropy = entropy_of(tmp_path / name)
         evaluations = read_history(tmp_path / name / "metrics.jsonl").evaluations
         figures[name] = {
