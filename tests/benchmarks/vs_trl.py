@@ -3,7 +3,8 @@
     python tests/benchmarks/vs_trl.py N1 N4 S1 --rounds 2 --steps 12 --out vs_trl.json
 
 N1: a 3.3 M Llama, float32, 4 prompts x 8 responses of 64 tokens.  N4: the same with exponential lengths, mean 40, at most 256.
-S1: SmolLM2-135M, bfloat16, 1 x 8 responses of 48 tokens. TRL generates with transformers, as it comes: its vLLM mode needs a GPU.
+S1: SmolLM2-135M, bfloat16, 1 x 8 responses of 48 tokens.  S1f: in float32, for processors without AVX-512, on which products of
+bfloat16 matrices are a hundred times slower than they should be and nothing else is measured. TRL generates with transformers, as it comes: its vLLM mode needs a GPU.
 
 Every run is a process of its own. Reported is the median over steps from the third on of completion tokens per second of the whole
 step, the median over rounds of that, and the ratio to TRL. The matrix product's rate is measured before every run; where it
@@ -25,6 +26,7 @@ ITEMS = {
     "N1": {"model": "nano", "dtype": "float32", "prompts": 4, "group": 8, "max_tokens": 64, "stops": 0, "rate": 1e-3},
     "N4": {"model": "nano", "dtype": "float32", "prompts": 4, "group": 8, "max_tokens": 256, "stops": 13, "rate": 1e-5},
     "S1": {"model": "smollm2_135m", "dtype": "bfloat16", "prompts": 1, "group": 8, "max_tokens": 48, "stops": 0, "rate": 1e-6},
+    "S1f": {"model": "smollm2_135m", "dtype": "float32", "prompts": 1, "group": 8, "max_tokens": 48, "stops": 0, "rate": 1e-6},
 }
 SYSTEMS = {  # name -> rlkit's engine settings
     "trl": [],
