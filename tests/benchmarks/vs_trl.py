@@ -3,8 +3,9 @@
     python tests/benchmarks/vs_trl.py N1 N4 S1 --rounds 2 --steps 12 --out vs_trl.json
 
 N1: a 3.3 M Llama, float32, 4 prompts x 8 responses of 64 tokens.  N4: the same with exponential lengths, mean 40, at most 256.
-S1: SmolLM2-135M, bfloat16, 1 x 8 responses of 48 tokens.  S1f: in float32, for processors without AVX-512, on which products of
-bfloat16 matrices are a hundred times slower than they should be and nothing else is measured. TRL generates with transformers, as it comes: its vLLM mode needs a GPU.
+S1: SmolLM2-135M, bfloat16, 1 x 8 responses of 48 tokens.  S1f: in float32, for processors
+without AVX-512, whose products of bfloat16 matrices take a hundred times as long and would be all that is measured.
+TRL generates with transformers, as it comes: its vLLM mode needs a GPU.
 
 Every run is a process of its own. Reported is the median over steps from the third on of completion tokens per second of the whole
 step, the median over rounds of that, and the ratio to TRL. The matrix product's rate is measured before every run; where it

@@ -42,10 +42,10 @@ from rlkit.config import (
     WandbTracking,
 )
 from rlkit.config import FileTracking as Files
-from rlkit.controller.tracking import Tracker, console, files
+from rlkit.controller.tracking import Tracker, console, files, forecast
 from rlkit.controller.tracking.console import LiveDisplay, Pace, PlainDisplay, open_display
 from rlkit.controller.tracking.format import duration, number, sparkline
-from rlkit.controller.tracking.history import Estimate, History, estimates, read_history, step_parts
+from rlkit.controller.tracking.history import Estimate, Evaluated, History, estimates, read_history, step_parts
 from rlkit.controller.tracking.plots import write_plots
 from rlkit.controller.tracking.redaction import REDACTED, redact
 from rlkit.controller.tracking.summary import summarise
@@ -349,6 +349,32 @@ def test_the_summarys_time_adds_up_to_the_wall_clock_of_this_process():
     assert summary.headline == "demo: stopped after 3 of 9 steps, 10s: SIGTERM"
     assert summary.commands == ["tensorboard --logdir runs/a"]
     assert summary.table() == []
+
+
+def history_with(scores: list[float], entropies: list[float]) -> History:
+    """An evaluation after every tenth step, of the policy that the step after it measures."""
+    evaluations = [Evaluated(10 * number, {"pass@1": Estimate(score)}) for number, score in enumerate(scores)]
+    steps = [{"step": 10.0 * number + 1, "entropy/mean": entropy} for number, entropy in enumerate(entropies)]
+    return History(steps, evaluations)
+
+
+def test_a_forecast_is_fitted_to_the_first_evaluations_and_tested_on_the_others():
+    entropies = [1.2, 0.9, 0.6, 0.4, 0.25]
+    scores = [0.6 - 0.12 * math.exp(entropy) for entropy in entropies]
+    history = history_with([*scores, 0.46], entropies)  # the newest evaluation has no entropy yet
+    assert forecast.scored(history) == list(zip(entropies, scores, strict=True))
+    found = forecast.metrics(history)
+    assert found["predictor/ceiling"] == pytest.approx(0.48)
+    assert found["predictor/headroom"] == pytest.approx(0.48 - scores[-1])
+    assert found["predictor/holdout_rmse"] == pytest.approx(0, abs=1e-9)
+    assert str(forecast.fact(history)).startswith("pass@1 0.480 +- ")
+
+
+def test_a_forecast_that_means_nothing_says_why_or_is_silent():
+    rising = history_with([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4])
+    assert forecast.metrics(rising) == {}
+    assert str(forecast.fact(rising)).startswith("none. Scores do not fall with entropy")
+    assert forecast.fact(history_with([0.1, 0.2], [0.4, 0.3])) is None
 
 
 def test_a_run_that_did_nothing_still_gets_a_summary(tmp_path, capsys):
