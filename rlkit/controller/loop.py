@@ -42,14 +42,14 @@ from rlkit.core.aepo import Aepo
 from rlkit.core.loss import Knobs
 from rlkit.core.selectors import covariance_metrics
 from rlkit.data.collate import collate, minibatches, truncated
-from rlkit.data.models.loading import context_length, load_tokenizer, resolve, stop_token_ids
+from rlkit.data.models.loading import context_length, load_tokenizer, resolve, slow_arithmetic, stop_token_ids
 from rlkit.data.models.lora import adapted_shapes
 from rlkit.data.order import PromptOrder
 from rlkit.data.prompts import PromptSet, load_prompts
 from rlkit.data.rewards.pool import RewardPool
 from rlkit.errors import ConfigError, Preempted, ResourceError, WorkerError
 from rlkit.metrics import Metric, merge, values
-from rlkit.settings import HeldOut, LoraLearner, Placement
+from rlkit.settings import ExistingRay, HeldOut, LoraLearner, Placement
 from rlkit.types import Rollout, SamplingSpec, TrainBatch
 from rlkit.workers.weight_sync import TOLERANCES, SyncReport, Transport, sync_weights
 
@@ -92,6 +92,8 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             progress = Progress.from_json(found.progress, config, fingerprint)
         resume_after = (progress.step if found else -1) if resume else None
         tracker = stack.enter_context(Tracker(run_dir, config, resume_after=resume_after))
+        if (slow := slow_arithmetic(config.model.dtype)) and not isinstance(config.cluster, ExistingRay):
+            tracker.message(slow)
         for reason in passed_over:
             tracker.message(f"Passed over: {reason}")
         if resume:

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from rlkit.errors import ConfigError, ResourceError
+from rlkit.settings import Dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,3 +116,14 @@ def copy_tokenizer_files(source: str, target: Path) -> None:
         is_weights = file.name.startswith("model") or file.suffix in {".safetensors", ".gguf", ".bin"}
         if file.is_file() and not is_weights and file.name != "config.json":
             shutil.copyfile(file, target / file.name)
+
+
+def slow_arithmetic(dtype: Dtype) -> str | None:
+    """What to say where this machine computes in `dtype` without instructions for it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if dtype is not Dtype.bfloat16 or torch.cuda.is_available() or "AVX512" in capability:
+        return None
+    return (
+        f"model.dtype=bfloat16: this processor ({capability}) has no bfloat16 arithmetic, and products of matrices are up to a "
+        "hundred times slower than in float32. Write model.dtype=float32 unless memory forbids it."
+    )
