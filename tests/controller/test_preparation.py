@@ -163,6 +163,8 @@ def test_a_weight_over_the_whole_step_multiplies_the_corrections(batch):
     assert values(metrics)["token_weight/mean"] == pytest.approx(float(found.mean()))
     corrected, _ = correct(Rejection(floor=0.5, cap=2.0), batch)
     both, _ = weigh(weight, corrected)
+    assert both.policy_weight is not None
+    assert corrected.policy_weight is not None
     assert both.policy_mask is corrected.policy_mask
     assert torch.equal(both.policy_weight, plain.policy_weight * corrected.policy_weight)
     within = compose(["token_weight=steer", "token_weight.scope=micro"]).token_weight
@@ -228,6 +230,7 @@ def test_good_tempered_samples_take_the_place_of_the_first(batch):
     assert taken.sample_ids == tuple(batch.sample_ids[row] for row in (4, 5, 2, 3))
     assert metrics == {"aepo/num_samples": 2.0, "aepo/frac_replaced": 0.5}
     assert taken.tempered_mask is None
+    assert taken.old_logprobs is not None
     assert torch.equal(taken.advantages[:2], taken.response_mask[:2].float())
     assert torch.equal(taken.rollout_logprobs[:2], taken.old_logprobs[:2])
     width = taken.response_mask.shape[1]

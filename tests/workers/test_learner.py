@@ -140,6 +140,7 @@ def test_what_looks_at_a_whole_step_does_not_depend_on_its_microbatches(begin, m
         batch, _ = filtered(config, batch, torch.zeros(9, dtype=torch.bool))
         batch, _ = weigh(config.token_weight, narrow(batch))
         batch, _ = choose(config.selector, batch, seed=3)
+        assert batch.old_logprobs is not None
         batch = replace(batch, old_logprobs=batch.old_logprobs + 0.05)  # else a pull back to it has no direction
         if overrides:
             config.learner.tokens_per_microbatch = 20

@@ -18,6 +18,7 @@ from rlkit.workers.weight_sync import (
     digest,
     digests,
     first_difference,
+    gaps_between,
     layer_groups,
     pack,
     unpack,
@@ -49,6 +50,13 @@ def test_layers_travel_whole_and_in_order_and_small_ones_together(monkeypatch):
     for limit, expected in ((5, [outside, second, tenth]), (30, [outside, second + tenth]), (60, [outside + second + tenth])):
         monkeypatch.setattr(weight_sync, "PART_BYTES", limit)
         assert layer_groups(sizes) == expected
+
+
+def test_rounding_may_grow_with_the_log_prob_and_nothing_else_may():
+    learner = [np.array([-1.0, -10.0]), np.array([-40.0])]
+    assert gaps_between(learner, learner).max() == 0
+    engine = [np.array([-1.0001, -10.0001]), np.array([-40.0004])]
+    np.testing.assert_allclose(gaps_between(engine, learner), [1e-4, 1e-4, 1e-4], rtol=1e-6)
 
 
 def test_what_is_missing_or_extra_or_torn_is_named():
