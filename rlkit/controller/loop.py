@@ -217,7 +217,7 @@ class Run:
             clock.split("wait", generate=sampled.generate_s, reward=sampled.reward_s)
         at_least = 2 if self.config.compares_groups else 1
         rollouts, dropped = trainable(sampled.rollouts, at_least=at_least)
-        tempered, _ = trainable(sampled.tempered, at_least=at_least)
+        tempered = trainable(sampled.tempered, at_least=at_least)[0] if sampled.tempered else []
         metrics = rollout_metrics(sampled, rollouts, dropped) | self.staleness(rollouts)
         advantages: dict[str, float] = {}
         if rollouts:

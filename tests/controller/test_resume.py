@@ -159,30 +159,36 @@ def test_a_run_that_trains_adapters_too(monkeypatch):
     assert outcome("run", num_steps=2) == outcome("whole", num_steps=2)
 
 
+KL = ["divergence=reverse_kl", "divergence.estimator=k3_weighted"]
 REMEMBERING = {  # what a strategy remembers -> a run with it
-    "an anchor": ["entropy=siren", "divergence=none"],
-    "what turns were like": ["entropy=epo", "divergence=none"],
-    "how rewards moved": ["safeguard=entropy_gated", "divergence.coef=0.0"],
-    "how the divergence moved": ["safeguard=asymmetric"],
-    "which way the entropy is": ["tempering=aepo", "tempering.target=0.9", "divergence=none"],
+    "an anchor": ["entropy=siren"],
+    "what turns were like": ["entropy=epo"],
+    "how rewards moved": ["safeguard=entropy_gated", *KL],
+    "how the divergence moved": ["safeguard=asymmetric", *KL],
+    "which way the entropy is": ["tempering=aepo", "tempering.target=0.9"],
     "how far it is in the data": ["prompt_filter=dynamic", "prompt_filter.max_batches=0"],
-    "errors": ["entropy=bonus", "entropy.coef=0.0", "divergence=none", "control=pid", "control.target=0.8"],
-    "a multiplier": ["control=dual_log", "control.target=0.01"],
+    "errors": ["entropy=bonus", "entropy.coef=0.0", "control=pid", "control.target=0.8"],
+    "a multiplier": ["control=dual_log", "control.target=0.01", *KL],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", REMEMBERING)
 def test_what_a_strategy_remembers_is_there_after_a_resume(what, monkeypatch):
-    settings = [*REMEMBERING[what], "num_steps=3", "checkpoint_every=2", "evaluation=none", "max_response_tokens=8"]
-    start("whole", *settings)
+    base = [setting for setting in SETTINGS if not setting.startswith(("evaluation", "divergence"))]
+    settings = [*base, *REMEMBERING[what], "num_steps=3", "checkpoint_every=2", "evaluation=none", "max_response_tokens=8"]
+
+    def start(run_dir: str) -> None:
+        loop.train(compose([*settings, f"run_dir={run_dir}"]), InProcessCluster())
+
+    start("whole")
     with monkeypatch.context() as patch:
         raise_at(patch, loop.Run, "learn", 3)
         with pytest.raises(Cut):
-            start("run", *settings)
+            start("run")
     resume("run")
     assert outcome("run", num_steps=3) == outcome("whole", num_steps=3)
-    fresh = loop.Progress.start(compose([*SETTINGS, *settings])).to_json("")
+    fresh = loop.Progress.start(compose(settings)).to_json("")
     changed = {name for name, value in outcome("run", num_steps=3)["progress"].items() if value != fresh[name]}
     assert changed & {"entropy", "safeguard", "tempering", "coefficients", "prompts_drawn"}
 
