@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlkit.config import RunConfig
 from rlkit.core.aepo import Aepo, TemperedUse, TemperingState
+from rlkit.core.apo import first_advantages
 from rlkit.core.copo import answer_entropy
 from rlkit.core.ratios import Correction, correction_metrics, effective_fraction
 from rlkit.core.selectors import NoTokenFilter, Selector
@@ -98,8 +99,7 @@ def filtered(config: RunConfig, batch: TrainBatch, truncated: Tensor) -> tuple[T
 
 def joined(tempering: Aepo, batch: TrainBatch, num_main: int, state: TemperingState) -> tuple[TrainBatch, dict[str, float]]:
     """The rows that are trained on: of those behind the first `num_main`, which are tempered, the good ones join."""
-    mask = batch.response_mask
-    first = batch.advantages.gather(1, mask.int().argmax(-1, keepdim=True)).squeeze(-1)
+    first = first_advantages(batch.advantages, batch.response_mask)
     rows = tempering.join(first[num_main:], num_main=num_main, state=state)
     taken = len(rows.tempered)
     metrics = {"aepo/num_samples": float(taken), "aepo/frac_replaced": 1 - len(rows.main) / num_main}

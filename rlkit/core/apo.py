@@ -99,9 +99,14 @@ def difficulty(correct: Tensor, response_mask: Tensor, group_ids: Tensor) -> Ten
     return wrong.masked_fill(~groups.member, 0.0)
 
 
+def first_advantages(advantages: Tensor, response_mask: Tensor) -> Tensor:
+    """[B]: the advantage of each row's first response token, 0 for a row without one; no gradient."""
+    position = response_mask.int().argmax(-1, keepdim=True)
+    return advantages.detach().masked_fill(~response_mask, 0.0).gather(-1, position).squeeze(-1)
+
+
 def _outline(advantages: Tensor, response_mask: Tensor, correct: Tensor, group_ids: Tensor) -> tuple[Tensor, Groups, Tensor]:
     """The advantage of each row's first response token [B], the groups, and how many of its group are right [B]."""
-    position = response_mask.int().argmax(-1, keepdim=True)
-    first = advantages.detach().masked_fill(~response_mask, 0.0).gather(-1, position).squeeze(-1)
+    first = first_advantages(advantages, response_mask)
     groups = Groups.of(correct.to(first.dtype), group_ids, response_mask.any(-1))
     return first, groups, groups.sum(groups.rewards.masked_fill(~groups.member, 0.0))

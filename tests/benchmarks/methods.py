@@ -51,6 +51,7 @@ def main() -> None:
     from rlkit.compose import compose
     from rlkit.controller.preparation import choose, correct, filtered, narrow, weigh
     from rlkit.controller.progress import Progress
+    from rlkit.core.copo import NoPromptAdvantage
     from rlkit.core.loss import Knobs
     from rlkit.core.reduce import Denominators
     from rlkit.types import TrainBatch
@@ -84,6 +85,8 @@ def main() -> None:
         batch = replace(sampled, **learner.measure(sampled))
         assert batch.old_logprobs is not None
         batch = replace(batch, rollout_logprobs=batch.old_logprobs + 0.01)
+        if not isinstance(config.prompt_advantage, NoPromptAdvantage):
+            batch = replace(batch, prompt_advantages=-batch.advantages, local_weight=torch.full((rows,), 0.5))
         progress = Progress.start(config).having_seen(config, batch)
         batch, _ = filtered(config, batch, torch.zeros(rows, dtype=torch.bool))
         batch, _ = correct(config.correction, batch)
