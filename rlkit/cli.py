@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a policy",
     "eval": "evaluate a checkpoint on held-out prompts",
     "choices": "list everything that can be chosen and set",
+    "divergences": "measure what every divergence, estimator and place descends",
     "model": "build or fetch the models that rlkit knows by name",
 }
 
@@ -27,7 +28,7 @@ HELP = f"""usage: rlkit <command> ...
 RL post-training of language models.
 
 commands:
-{chr(10).join(f"  {name:<9}{what}" for name, what in COMMANDS.items())}
+{chr(10).join(f"  {name:<13}{what}" for name, what in COMMANDS.items())}
 
 options:
   -h, --help     show this text; `rlkit <command> --help` explains a command
@@ -72,6 +73,15 @@ EVAL_EXAMPLES = """examples:
   rlkit eval runs/quickstart-20260101-120000/checkpoints/step_000100 evaluation.num_prompts=1000
   rlkit eval my-model data=jsonl data.path=test.jsonl reward.fn=gsm8k
 """
+
+
+DIVERGENCES = """Measure what every divergence, estimator and place descends.
+
+By enumeration of all sequences of a small vocabulary, with the functions that training calls, against automatic differentiation:
+  gradient bias    |E[gradient] - exact| / |exact|, under samples of the policy that is trained; 0: right
+  off-policy       the same under samples of another policy
+  gradient spread  standard deviation of one response's gradient, in units of the exact one
+  value bias       of the loss as a number"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -140,6 +150,8 @@ def dispatch(arguments: list[str]) -> int:
             return command_eval(rest)
         case ["choices", *rest]:
             return command_choices(rest)
+        case ["divergences", *rest]:
+            return command_divergences(rest)
         case ["model", *rest]:
             return command_model(rest)
         case [other, *_]:
@@ -333,6 +345,24 @@ def command_choices(arguments: Sequence[str]) -> int:
         print(json.dumps(described, indent=2))
     else:
         print(as_text(described, given.groups))
+    return 0
+
+
+def command_divergences(arguments: Sequence[str]) -> int:
+    """The ledger."""
+    parser = _parser("rlkit divergences", DIVERGENCES)
+    parser.add_argument("--seed", type=int, default=0, help="of the tabular policies (default: 0)")
+    parser.add_argument("--refused", action="store_true", help="the combinations that are refused, with the reason")
+    if (given := _parse(parser, arguments)) is None:
+        return 0
+    from rlkit.config import penalties
+    from rlkit.core.ledger import as_markdown, ledger, refusals
+
+    if given.refused:
+        for name, place, estimator, reason in refusals(penalties()):
+            print(f"{name} {place.name} {estimator.name}: {reason}")
+    else:
+        print(as_markdown(ledger(penalties(), seed=given.seed)))
     return 0
 
 

@@ -36,8 +36,27 @@ from rlkit.core.control import Control, Fixed
 from rlkit.core.control import Schedule as ControlSchedule
 from rlkit.core.copo import COPO, NoPromptAdvantage, PromptAdvantage
 from rlkit.core.distill import NoTeacher, Teacher
-from rlkit.core.divergences import Divergence, NoDivergence, ReverseKL
+from rlkit.core.divergences import (
+    RAPO,
+    Alpha,
+    CauchySchwarz,
+    ChiSquaredPolicyRef,
+    ChiSquaredRefPolicy,
+    Divergence,
+    ForwardKL,
+    GeneralizedJensenShannon,
+    Jeffreys,
+    JensenShannon,
+    NoDivergence,
+    Penalty,
+    Renyi,
+    ReverseKL,
+    Sinkhorn,
+    SquaredHellinger,
+    TotalVariation,
+)
 from rlkit.core.entropy import EntropyBonus, EntropyTerm, Epo, NoEntropy, Siren
+from rlkit.core.estimators import Place
 from rlkit.core.feedback import PID, Doubling, DualAscent, LogDualAscent, LogPID, Proportional, Skywork
 from rlkit.core.imitation import Imitation, NoImitation, PositiveExamples
 from rlkit.core.loss import Strategy
@@ -55,6 +74,7 @@ from rlkit.core.ratios import (
     TruncatedIS,
 )
 from rlkit.core.reduce import Aggregation
+from rlkit.core.rehearsal import BaseAnswers, NoRehearsal, Rehearsal
 from rlkit.core.replay import NoReplay, Replay
 from rlkit.core.safe import Asymmetric, EntropyGated, KLMode, KLPenalty, NoSafeguard, Safeguard
 from rlkit.core.selectors import ClipB, ClipCov, ClipV, KLCov, NoSelector, NoTokenFilter, Selector, TokenFilter
@@ -140,6 +160,7 @@ class RunConfig:
     correction: Correction = MISSING
     critic: Critic = MISSING
     imitation: Imitation = MISSING
+    rehearsal: Rehearsal = MISSING
     divergence: Divergence = MISSING
     divergence_weights: ResponseWeights = MISSING
     safeguard: Safeguard = MISSING
@@ -186,6 +207,7 @@ class RunConfig:
             divergence=self.divergence,
             entropy=self.entropy,
             imitation=self.imitation,
+            rehearsal=self.rehearsal,
             critic=self.critic,
             aggregation=self.aggregation,
         )
@@ -277,7 +299,24 @@ CHOICES: dict[str, dict[str, type]] = {
     },
     "critic": {"none": NoCritic, "value_model": ValueModel, "double_softmin": DoubleSoftMin},
     "imitation": {"none": NoImitation, "positive": PositiveExamples},
-    "divergence": {"none": NoDivergence, "reverse_kl": ReverseKL},
+    "rehearsal": {"none": NoRehearsal, "base_answers": BaseAnswers},
+    "divergence": {
+        "none": NoDivergence,
+        "reverse_kl": ReverseKL,
+        "forward_kl": ForwardKL,
+        "rapo": RAPO,
+        "jensen_shannon": JensenShannon,
+        "generalized_js": GeneralizedJensenShannon,
+        "alpha": Alpha,
+        "total_variation": TotalVariation,
+        "chi2_policy_ref": ChiSquaredPolicyRef,
+        "chi2_ref_policy": ChiSquaredRefPolicy,
+        "squared_hellinger": SquaredHellinger,
+        "jeffreys": Jeffreys,
+        "renyi": Renyi,
+        "cauchy_schwarz": CauchySchwarz,
+        "sinkhorn": Sinkhorn,
+    },
     "divergence_weights": {"none": NoResponseWeights, "dads": DifficultyAdaptiveDivergence},
     "safeguard": {"none": NoSafeguard, "entropy_gated": EntropyGated, "asymmetric": Asymmetric},
     "entropy": {"none": NoEntropy, "bonus": EntropyBonus, "siren": Siren, "epo": Epo},
@@ -304,6 +343,17 @@ CHOICES: dict[str, dict[str, type]] = {
     "tracking": {"files": FileTracking, "wandb": WandbTracking},
 }
 
+# The literature's short names: understood, and written nowhere.
+ALIASES: dict[str, dict[str, str]] = {
+    "divergence": {
+        "rkl": "reverse_kl",
+        "fkl": "forward_kl",
+        "js": "jensen_shannon",
+        "gjs": "generalized_js",
+        "tv": "total_variation",
+        "hell2": "squared_hellinger",
+    },
+}
 _BASES: dict[str, type] = {name: hint for name, hint in get_type_hints(RunConfig).items() if name in CHOICES}
 # Of the `needs` of strategies, those that a pass of the policy before the update answers.
 MEASURED = frozenset({"proximal_logprobs", "old_pass", "old_entropy", "old_expected_score", "old_nucleus_entropy"})
@@ -325,6 +375,11 @@ def register(choices: Mapping[str, Mapping[str, type]]) -> None:
                 raise ConfigError(f"{where}: rlkit has a choice of that name, {known.__qualname__}. Give yours another name.")
             CHOICES[group][name] = node
             ConfigStore.instance().store(group=group, name=name, node=node)
+
+
+def penalties() -> dict[str, type[Penalty]]:
+    """The divergences that there are, a user's own among them."""
+    return {name: cls for name, cls in CHOICES["divergence"].items() if issubclass(cls, Penalty)}
 
 
 def base_of(group: str) -> type:
@@ -508,8 +563,10 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer_steps_per_batch={parts}: prompts_per_step={prompts} cannot be cut into {parts} equal mini-batches. "
             f"Write optimizer_steps_per_batch={fitting} or prompts_per_step={-(-prompts // parts) * parts}."
         )
-    # pyright knows of no estimator in the base
-    estimator = getattr(config.divergence, "estimator").name if config.divergence.on_policy_only else ""  # noqa: B009
+    divergence = config.divergence
+    estimator = ""
+    if isinstance(divergence, Penalty) and divergence.verdict.is_right and divergence.verdict.on_policy:
+        estimator = divergence.estimator.name
     if estimator and config.optimizer_steps_per_step > 1:
         yield (
             f"divergence.estimator={estimator}: its gradient is right only for the first optimiser step on a batch, and there are "
@@ -584,11 +641,33 @@ def _divergence_problems(config: RunConfig) -> Iterator[str]:
     for group in ("divergence_weights", "safeguard"):
         if is_none and (chosen := choice_of(group, getattr(config, group))) != "none":
             yield f"{group}={chosen}: there is no divergence for it to act on. Write divergence=reverse_kl, or {group}=none."
+    yield from _reward_place_problems(config)
     if isinstance(config.safeguard, KLPenalty) and config.safeguard.kl_mode is KLMode.direct:
         yield (
             "safeguard.kl_mode=direct: it needs the KL of a whole optimiser step at once, and a step is computed in microbatches. "
             "Write safeguard.kl_mode=linearised, which has the same gradient at the measured KL."
         )
+
+
+def _reward_place_problems(config: RunConfig) -> Iterator[str]:
+    """A divergence in the advantages gives every token one of its own."""
+    if not isinstance(config.divergence, Penalty) or config.divergence.place is Place.loss:
+        return
+    place = f"divergence.place={config.divergence.place.name}"
+    if config.divergence.place is Place.token_reward and config.objective.is_sequence_level:
+        yield (
+            f"{place}: it tells tokens apart, and objective={choice_of('objective', config.objective)} has one ratio for a whole "
+            "response. Write divergence.place=sequence_reward or loss."
+        )
+    for group in ("tempering", "prompt_advantage"):
+        if (chosen := choice_of(group, getattr(config, group))) != "none":
+            yield f"{place}: {group}={chosen} works on one advantage per response. Write divergence.place=loss, or {group}=none."
+    if config.divergence.place is Place.target:
+        if config.group_size == 1:
+            yield f"group_size=1: {place} estimates each prompt's target from its other responses. Write 2 or more; 16 is usual."
+        for group in ("advantage_weights", "divergence_weights", "safeguard"):
+            if (chosen := choice_of(group, getattr(config, group))) != "none":
+                yield f"{place}: {group}={chosen} never acts, because the target takes the advantages' place. Write {group}=none."
 
 
 def _control_problems(config: RunConfig) -> Iterator[str]:

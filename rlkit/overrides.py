@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlkit.config import CHOICES, RunConfig, class_of, nearest, suggest
+from rlkit.config import ALIASES, CHOICES, RunConfig, class_of, nearest, suggest
 from rlkit.resources import conf_dir
 
 
@@ -88,6 +88,7 @@ def sort(overrides: Sequence[Override]) -> tuple[Sorted, list[Problem]]:
             continue
         value, known = override.value(), options(group)
         name = value if isinstance(value, str) else override.get_value_string()
+        name = ALIASES.get(group, {}).get(name, name)
         if name in known:
             parsed.choices[group] = name
             continue

@@ -193,6 +193,8 @@ class TrainBatch:
     old_expected_score: Tensor | None = None  # [B, T] float32, of the same
     old_nucleus_entropy: Tensor | None = None  # [B, T] float32, of the same
     tempered_mask: Tensor | None = None  # [B, T] bool: tokens that the tempering's own term trains, of no other term's mask
+    rehearsal_mask: Tensor | None = None  # [B, T] bool: tokens of stored answers, of no other term's mask
+    stored_logprobs: Tensor | None = None  # [B, T] float32: of the base model, on those
     turns: Tensor | None = None  # [B, T] int64: the turn that a token belongs to, from 0
     prompt_advantages: Tensor | None = None  # [B, T] float32: a second advantage
     local_weight: Tensor | None = None  # [B] float32: of the first one's loss beside the second's

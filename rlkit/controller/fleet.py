@@ -165,6 +165,7 @@ class Learners:
             keep=batch.policy_mask,
             rewards=batch.rewards,
             tempered_mask=batch.tempered_mask,
+            rehearsal_mask=batch.rehearsal_mask,
         )
         denominators = {
             name: Denominators.count(mask, max_response_tokens=self._max_response_tokens) for name, mask in masks.items()

@@ -27,19 +27,23 @@ from rlkit.controller.preparation import (
     blended,
     choose,
     correct,
+    divergence_part,
     filtered,
     joined,
     narrow,
     weigh,
     with_advantages,
     with_effective_sample_size,
+    with_reference,
 )
 from rlkit.controller.progress import Progress
+from rlkit.controller.rehearsal import Answers, sample_answers
 from rlkit.controller.sampling import Sampled, Sampler
 from rlkit.controller.tracking import Tracker
 from rlkit.controller.turns import ByTurns, SideBySide
 from rlkit.core.aepo import Aepo
 from rlkit.core.loss import Knobs
+from rlkit.core.rehearsal import BaseAnswers
 from rlkit.core.selectors import covariance_metrics
 from rlkit.data.collate import collate, minibatches, truncated
 from rlkit.data.models.loading import context_length, load_tokenizer, resolve, slow_arithmetic, stop_token_ids
@@ -108,14 +112,16 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             learner.restore(str(found.folder.resolve()))
         sampler = Sampler(engines=engines, rewards=rewards, tokenizer=tokenizer, seed=config.seed)
         sampling = config.sampling(stops)
+        answers = base_answers(config, run_dir, prompts, sampler, sampling, learner, is_new=found is None)
+        explored = prompts if answers is None else replace(prompts, train=answers.explored(prompts.train))
 
         def drawn_before(step: int) -> int:  # the steps between now and then draw one batch each
             return run.progress.prompts_drawn + (step - run.progress.step - 1) * config.prompts_per_step
 
         feed = Feed(
             config=config,
-            prompts=prompts,
-            order=PromptOrder(len(prompts.train), config.seed),
+            prompts=explored,
+            order=PromptOrder(len(explored.train), config.seed),
             sampler=sampler,
             sampling=sampling,
             drawn_before=drawn_before,
@@ -141,6 +147,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             transport=weight_transport(config, learner, engines),
             reference=start_reference(config, cluster, learner),
             sampler=sampler,
+            answers=answers,
             ahead=ahead,
             preemption=preemption,
             progress=progress,
@@ -169,6 +176,27 @@ def check_context(config: RunConfig, folder: str) -> None:
         )
 
 
+def base_answers(
+    config: RunConfig,
+    run_dir: Path,
+    prompts: PromptSet,
+    sampler: Sampler,
+    sampling: SamplingSpec,
+    learner: Learners,
+    *,
+    is_new: bool,
+) -> Answers | None:
+    """What the run rehearses: sampled by the initial model, or for a run that goes on as it was stored. None: nothing."""
+    if not isinstance(config.rehearsal, BaseAnswers):
+        return None
+    folder = run_dir / "rehearsal"
+    if not is_new:
+        return Answers.load(folder)
+    answers = sample_answers(config.rehearsal, prompts.train, sampler, sampling, learner)
+    answers.save(folder)
+    return answers
+
+
 def start_reference(config: RunConfig, cluster: Cluster, learner: Learners) -> ReferenceScorer | None:
     """A scorer, if a chosen strategy needs one."""
     if "ref_logprobs" not in config.needs:
@@ -194,6 +222,7 @@ class Run:
     transport: Transport
     reference: ReferenceScorer | None
     sampler: Sampler
+    answers: Answers | None  # that are rehearsed
     ahead: Lookahead
     preemption: Preemption
     progress: Progress
@@ -224,6 +253,7 @@ class Run:
             with clock.time("score"):
                 batch, prepared = self.prepare(rollouts, tempered)
             advantages = dict(zip(batch.sample_ids, batch.advantages[:, 0].tolist(), strict=True))
+            batch = self.with_answers(step, batch)
             with clock.time("learn"):
                 metrics |= prepared | self.learn(step, batch) | self.progress.coefficients.metrics(self.config)
         else:
@@ -273,17 +303,25 @@ class Run:
             ref_logprobs=None if scores is None else scores.logprobs,
             ref_hidden=None if scores is None else scores.hidden,
         )
+        batch = with_reference(config, batch)
         if config.measures_policy:
             batch = replace(batch, **self.learner.measure(batch))
+        divergence = divergence_part(config, batch, rollouts, self.progress.divergence_coef(config))
         if config.compares_with_sampler:
             batch = replace(batch, old_logprobs=batch.rollout_logprobs)
         if "values" in config.needs:
             batch = replace(batch, **self.learner.values(batch))
-        batch, metrics = with_advantages(config, batch, rollouts)
+        batch, metrics = with_advantages(config, batch, rollouts, divergence=divergence)
         batch, dropped = filtered(config, batch, truncated(rollouts))
         batch, taken = self.temper(batch, num_main)
         self.progress = self.progress.having_seen(config, batch)
         return batch, metrics | dropped | taken | self.progress.metrics(config)
+
+    def with_answers(self, step: int, batch: TrainBatch) -> TrainBatch:
+        """With the stored answers that are rehearsed in this step."""
+        if self.answers is None or not isinstance(self.config.rehearsal, BaseAnswers):
+            return batch
+        return self.answers.join(batch, count=self.config.rehearsal.rows_per_step, seed=(self.config.seed << 32) + step)
 
     def temper(self, batch: TrainBatch, num_main: int) -> tuple[TrainBatch, dict[str, float]]:
         """What the choice of tempering does with the samples behind the first `num_main`, or with the advantages."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,8 +31,49 @@ def shaped_rewards(config: RunConfig, rollouts: Sequence[Rollout]) -> Tensor:
     return rewards
 
 
-def with_advantages(config: RunConfig, batch: TrainBatch, rollouts: Sequence[Rollout]) -> tuple[TrainBatch, dict[str, float]]:
-    """A batch of rollouts with its advantages [B, T], and what goes with them: a critic's targets, weights, a second advantage."""
+def with_reference(config: RunConfig, batch: TrainBatch) -> TrainBatch:
+    """The batch with the reference as its divergence takes it: of hidden states times x the head makes logits times x."""
+    if batch.ref_hidden is None or batch.rewards is None or (sharpness := config.divergence.sharpness(batch.rewards)) is None:
+        return batch
+    return replace(batch, ref_hidden=batch.ref_hidden * sharpness[:, None, None])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DivergencePart:
+    """What a divergence that acts in the advantages does to them, [B, T]."""
+
+    penalty: Tensor
+    is_all: bool  # they are the negative of it, and not less it
+    metrics: dict[str, float]
+
+
+def divergence_part(config: RunConfig, batch: TrainBatch, rollouts: Sequence[Rollout], coef: float | None) -> DivergencePart | None:
+    """None for a divergence that is a term of the loss.
+
+    To be asked while old_logprobs are the present policy's: it is that policy's distance from the reference.
+    """
+    if coef is None or batch.ref_logprobs is None or batch.old_logprobs is None:
+        return None
+    mask = batch.response_mask
+    given = {"log_ratio": batch.old_logprobs - batch.ref_logprobs, "response_mask": mask, "group_ids": group_index(rollouts)}
+    if (penalty := config.divergence.penalty(**given)) is not None:
+        return DivergencePart(
+            penalty=coef * penalty, is_all=False, metrics={"divergence/penalty_mean": float(penalty[mask].mean())}
+        )
+    assert batch.rewards is not None  # collate put them there
+    if (target := config.divergence.target(**given, rewards=batch.rewards, coef=coef)) is not None:
+        metrics = {"target/log_partition": float(target.log_partition.mean()), "target/gap": float(target.gap.mean())}
+        return DivergencePart(penalty=target.penalty, is_all=True, metrics=metrics)
+    return None
+
+
+def with_advantages(
+    config: RunConfig, batch: TrainBatch, rollouts: Sequence[Rollout], *, divergence: DivergencePart | None = None
+) -> tuple[TrainBatch, dict[str, float]]:
+    """A batch of rollouts with its advantages [B, T], and what goes with them: a critic's targets, weights, a second advantage.
+
+    The divergence's part comes last, behind every normalisation, so that its coefficient means the same in each batch.
+    """
     assert batch.rewards is not None  # collate put them there
     groups, mask = group_index(rollouts), batch.response_mask
     estimate = config.advantage(
@@ -46,6 +87,10 @@ def with_advantages(config: RunConfig, batch: TrainBatch, rollouts: Sequence[Rol
     of_divergence = config.divergence_weights(advantages=advantages, **given)
     if of_divergence is not None:
         metrics["divergence_weights/mean"] = float(of_divergence.mean())
+    if divergence is not None:
+        penalty = divergence.penalty if of_divergence is None else divergence.penalty * of_divergence.unsqueeze(-1)
+        advantages = -penalty if divergence.is_all else advantages - penalty
+        metrics |= divergence.metrics
     batch = replace(batch, advantages=advantages, returns=estimate.returns, divergence_weight=of_divergence)
     entropy = answer_entropy(config.prompt_advantage.answers([rollout.text for rollout in rollouts]), groups)
     if (blend := config.prompt_advantage(advantages=advantages, entropy=entropy, **given)) is not None:

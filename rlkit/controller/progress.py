@@ -9,7 +9,7 @@ from rlkit.config import RunConfig
 from rlkit.controller.evaluate import Evaluation
 from rlkit.core.aepo import TemperingState
 from rlkit.core.control import ControlState, Fixed
-from rlkit.core.divergences import FDivergence
+from rlkit.core.divergences import Penalty
 from rlkit.core.entropy import EntropyState, NoEntropy
 from rlkit.core.safe import NoSafeguard, SafeState
 from rlkit.errors import DataError
@@ -28,7 +28,7 @@ class Coefficients:
     def start(cls, config: RunConfig) -> Coefficients:
         divergence, entropy = config.divergence, config.entropy
         return cls(
-            divergence=config.control.initial(divergence.coef, sign=-1) if isinstance(divergence, FDivergence) else None,
+            divergence=config.control.initial(divergence.coef, sign=-1) if isinstance(divergence, Penalty) else None,
             entropy=None if isinstance(entropy, NoEntropy) else config.control.initial(getattr(entropy, "coef", 1.0), sign=1),
         )
 

@@ -15,8 +15,8 @@ BYTES_PER_LOGIT = 12  # three float32 at the peak of the backward pass: log-prob
 class ExactDivergence(Protocol):
     """What `token_statistics` asks of a divergence."""
 
-    def exact(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-        """[c, V] log-probabilities of policy and reference -> divergence [c], in nats."""
+    def between(self, logprobs: Tensor, ref_logprobs: Tensor, embeddings: Tensor) -> Tensor:
+        """[c, V] log-probabilities of policy and reference -> divergence [c], in nats. embeddings: [V, H], the head."""
         ...
 
 
@@ -126,7 +126,7 @@ def token_statistics(
         if divergence is not None and ref_hidden is not None and ref_head is not None:
             with torch.no_grad():
                 ref_logprobs = _vocabulary_logprobs(ref_hidden[rows], ref_head, ref_head_bias, temperature)
-            divergences = divergence.exact(logprobs, ref_logprobs)
+            divergences = divergence.between(logprobs, ref_logprobs, head.detach())
         return TokenStatistics(
             logprobs=chosen,
             entropy=entropy,

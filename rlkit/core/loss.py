@@ -13,6 +13,7 @@ from rlkit.core.imitation import Imitation, NoImitation
 from rlkit.core.objectives import Objective, Surrogate
 from rlkit.core.ratios import Correction, Weights
 from rlkit.core.reduce import Aggregation, LossTerm
+from rlkit.core.rehearsal import NoRehearsal, Rehearsal
 from rlkit.core.selectors import Selector
 from rlkit.core.values import Critic, NoCritic, TrainedCritic
 from rlkit.core.weights import NoTokenWeight, TokenWeight
@@ -50,6 +51,7 @@ class Strategy:
     tempering: Tempering = field(default_factory=NoTempering)
     aggregation: Aggregation  # of every term but those of imitation and values, which are means over tokens
     imitation: Imitation = field(default_factory=NoImitation)
+    rehearsal: Rehearsal = field(default_factory=NoRehearsal)
     critic: Critic = field(default_factory=NoCritic)
 
     @property
@@ -75,6 +77,7 @@ class Strategy:
         keep: Tensor | None = None,
         rewards: Tensor | None = None,
         tempered_mask: Tensor | None = None,
+        rehearsal_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Name of every possible term -> the tokens [B, T] bool that its denominators count, over a whole optimiser step."""
         masks = dict.fromkeys(("divergence", "entropy", "value"), response_mask) | {
@@ -84,6 +87,8 @@ class Strategy:
             masks["imitation"] = imitated
         if tempered_mask is not None:
             masks["aepo"] = tempered_mask
+        if rehearsal_mask is not None:
+            masks["rehearsal"] = rehearsal_mask
         return masks
 
     def terms(
@@ -112,6 +117,8 @@ class Strategy:
         blend: Blend | None = None,
         divergence_weight: Tensor | None = None,
         tempered_mask: Tensor | None = None,
+        rehearsal_mask: Tensor | None = None,
+        stored_logprobs: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> StepTerms:
         """Objective -> blend -> selector -> token weight -> correction, then the other terms beside them.
@@ -124,7 +131,7 @@ class Strategy:
         given: pass rollout_logprobs for a stale or replayed batch. weights are the correction's where it was asked about the
         whole optimiser step, which it must be if it is a `whole_batch` one, times a token weight that was asked about it too;
         so are the selector's chosen tokens. blend brings a second advantage, tempered_mask the
-        tokens of the tempering's own term. generator is
+        tokens of the tempering's own term, rehearsal_mask those of stored answers. generator is
         for a selector that chooses within the microbatch.
         """
         tokens = {"logprobs": logprobs, "old_logprobs": old_logprobs, "response_mask": response_mask}
@@ -175,6 +182,9 @@ class Strategy:
         if tempered_mask is not None:
             assert isinstance(self.tempering, Aepo)
             terms.append(self.tempering.term(logprobs=logprobs, mask=tempered_mask))
+        if rehearsal_mask is not None:
+            assert stored_logprobs is not None, "stored answers come with their log-probs"
+            terms.append(self.rehearsal.term(logprobs=logprobs, stored_logprobs=stored_logprobs, mask=rehearsal_mask))
         if isinstance(self.critic, TrainedCritic):
             assert values is not None, "a critic needs its values"
             assert old_values is not None, "a critic needs the values that the advantages were computed from"

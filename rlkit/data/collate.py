@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rlkit.types import FinishReason, Origin, Rollout, Sequences, TrainBatch
 
@@ -78,6 +80,31 @@ def collate(
         rollout_logprobs=pad_rows([rollout.rollout_logprobs for rollout in rollouts], torch.float32, width=width),
         ref_logprobs=None if ref_logprobs is None else pad_rows(ref_logprobs, torch.float32, width=width),
         ref_hidden=hidden,
+    )
+
+
+def joined_rows(first: TrainBatch, second: TrainBatch) -> TrainBatch:
+    """The rows of both, padded to the wider one; a field that one of them lacks is 0 in its rows."""
+    width = max(first.response_mask.shape[1], second.response_mask.shape[1])
+
+    def both(name: str) -> Tensor | None:
+        parts = [getattr(first, name), getattr(second, name)]
+        given = next((part for part in parts if part is not None), None)
+        if given is None:
+            return None
+        whole = given.new_zeros(first.num_rows + second.num_rows, *([width] if given.ndim > 1 else []), *given.shape[2:])
+        for start, part in zip((0, first.num_rows), parts, strict=True):
+            if part is not None:
+                rows = slice(start, start + len(part))
+                whole[(rows, slice(0, part.shape[1])) if part.ndim > 1 else rows] = part
+        return whole
+
+    total = max(first.input_ids.shape[1], second.input_ids.shape[1])
+    tensors = [field.name for field in fields(TrainBatch) if field.name not in ("sample_ids", "input_ids")]
+    return TrainBatch(
+        sample_ids=first.sample_ids + second.sample_ids,
+        input_ids=torch.cat([functional.pad(part.input_ids, (0, total - part.input_ids.shape[1])) for part in (first, second)]),
+        **{name: both(name) for name in tensors},  # pyright: ignore[reportArgumentType]
     )
 
 

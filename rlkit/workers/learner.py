@@ -24,10 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from rlkit.config import RunConfig
 from rlkit.core.copo import Blend
-from rlkit.core.divergences import FDivergence
+from rlkit.core.divergences import Divergence, FDivergence, Penalty
 from rlkit.core.logprobs import chunk_size
 from rlkit.core.loss import Knobs
-from rlkit.core.ratios import Weights
+from rlkit.core.ratios import MAX_LOG_RATIO, Weights
 from rlkit.core.reduce import Denominators, reduce
 from rlkit.core.values import Backbone, Critic, ExplainedVariance, TrainedCritic
 from rlkit.data.layout import EMPTY_LAYOUT, Layout, LayoutKind, arrange, whole_sequences
@@ -236,6 +236,7 @@ class Learner:
             advantages=batch.advantages,
             response_mask=mask,
             knobs=knobs,
+            behaviour_logprobs=batch.rollout_logprobs if self.config.max_staleness else None,
             ref_logprobs=batch.ref_logprobs,
             entropy=entropy,
             nucleus_entropy=nucleus_entropy,
@@ -252,6 +253,8 @@ class Learner:
             blend=blend_of(batch),
             divergence_weight=batch.divergence_weight,
             tempered_mask=batch.tempered_mask,
+            rehearsal_mask=batch.rehearsal_mask,
+            stored_logprobs=batch.stored_logprobs,
             generator=torch.Generator().manual_seed(self._microbatch_seed()),
         )
         loss = logprobs.new_zeros(())
@@ -275,6 +278,7 @@ class Learner:
                     clipped=step.surrogate.clipped,
                     entropy=None if entropy is None else entropy.detach(),
                     exact_divergence=None if exact is None else exact.detach(),
+                    divergence=self.config.divergence,
                 )
             )
 
@@ -355,7 +359,7 @@ class Learner:
         has_nucleus = ("nucleus_entropy" if gradient else "old_nucleus_entropy") in needs
         divergence = reference = None
         if gradient and batch.ref_hidden is not None:
-            if self.reference_head is None or not isinstance(config.divergence, FDivergence):
+            if self.reference_head is None or not isinstance(config.divergence, Penalty):
                 raise DataError("A batch carries the reference's hidden states, but the learner has no reference head.")
             divergence = config.divergence
             width = torch.arange(batch.response_mask.shape[1])
@@ -668,6 +672,7 @@ def token_metrics(
     clipped: Tensor,
     entropy: Tensor | None,
     exact_divergence: Tensor | None,
+    divergence: Divergence,
 ) -> dict[str, Metric]:
     """What one microbatch's tokens say. All tensors [B, T], without gradient."""
     mask = batch.response_mask
@@ -698,6 +703,11 @@ def token_metrics(
         log_ref_ratio = logprobs - batch.ref_logprobs
         metrics["kl/ref_token_mean"] = mean(log_ref_ratio)
         metrics["kl/ref_k3"] = mean((-log_ref_ratio).exp() - 1 + log_ref_ratio)
+        rows = float(mask.any(-1).sum())
+        metrics["kl/ref_sequence"] = Mean(float(log_ref_ratio.masked_fill(~mask, 0.0).double().sum()), rows)
+        metrics["divergence/clamp_fraction"] = mean((log_ref_ratio.abs() > MAX_LOG_RATIO).float())
+        if isinstance(divergence, FDivergence):
+            metrics["divergence/value"] = mean(divergence.value(log_ref_ratio))
     if exact_divergence is not None:
         metrics["divergence/exact"] = mean(exact_divergence)
     return metrics

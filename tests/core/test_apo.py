@@ -114,6 +114,7 @@ def divergence_loss(batch, weights, logprobs):
         ref_logprobs=batch.ref_logprobs,
         response_mask=batch.response_mask,
     )
+    assert loss is not None
     weighed = loss if weights is None else loss * weights.unsqueeze(-1)
     denominators = Denominators.count(batch.response_mask, max_response_tokens=4)
     return reduce(weighed, batch.response_mask, aggregation=Aggregation.seq_mean_token_mean, denominators=denominators)

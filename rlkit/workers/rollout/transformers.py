@@ -1,4 +1,4 @@
-"""transformers' own generation behind the engine interface: where vLLM cannot be installed, and for fast tests."""
+"""Generation with transformers behind the engine interface: where vLLM cannot be installed, and for fast tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Literal, cast
 import numpy as np
 import torch
 from torch import FloatTensor, LongTensor, Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer
 
 from rlkit.data.layout import whole_sequences
 from rlkit.data.models.loading import load_model
@@ -18,14 +19,13 @@ from rlkit.workers.rollout.engine import EngineSpec, expected_tensors
 from rlkit.workers.weight_sync import Manifest, PackedTensor, WeightPart, check_complete, digests, unpack
 
 
-class SeededSampling(LogitsProcessor):
-    """Samples row by row from each row's own generator, inside greedy generation.
+class SeededSampling:
+    """Samples row by row from each row's own generator: a sample depends on its seed alone, not on what it is batched with.
 
-    The largest of (log-prob + Gumbel noise) is an exact sample of the distribution. `generate` draws from the global generator
-    for the whole batch, so there a sample would depend on what it is batched with; here it depends on its seed alone.
+    The largest of (log-prob + Gumbel noise) is an exact sample of the distribution.
     """
 
-    def __init__(self, seeds: Sequence[int], sampling: SamplingSpec, prompt_width: int):
+    def __init__(self, seeds: Sequence[int], sampling: SamplingSpec):
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._temperature = sampling.temperature
         self._warpers = LogitsProcessorList()
@@ -35,19 +35,48 @@ class SeededSampling(LogitsProcessor):
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
         if sampling.min_p > 0:
             self._warpers.append(MinPLogitsWarper(sampling.min_p))
-        self._prompt_width = prompt_width
-        self.chosen: list[Tensor] = []  # per position, [B]: the token that greedy generation will pick
-        self.logprobs: list[Tensor] = []  # per position, [B]: its log-prob
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits = self._warpers(cast(LongTensor, input_ids), cast(FloatTensor, scores.float() / self._temperature))
-        logprobs = logits.log_softmax(-1)
-        uniform = torch.stack([torch.rand(logprobs.shape[1], generator=generator) for generator in self._generators])
-        noisy = logprobs - torch.log(-torch.log(uniform.clamp(min=1e-20)))
-        choice = noisy.argmax(-1)
-        self.chosen.append(choice)
-        self.logprobs.append(logprobs.gather(1, choice.unsqueeze(1)).squeeze(1))
-        return noisy
+    def __call__(self, logits: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """[R, V], one for each of `rows` -> tokens and their log-probs, [R] each."""
+        # None of the warpers looks at the tokens before.
+        kept = self._warpers(cast(LongTensor, None), cast(FloatTensor, logits.float() / self._temperature))
+        logprobs = kept.log_softmax(-1)
+        uniform = torch.stack([torch.rand(logprobs.shape[1], generator=self._generators[row]) for row in rows])
+        choice = (logprobs - torch.log(-torch.log(uniform.clamp(min=1e-20)))).argmax(-1)
+        return choice, logprobs.gather(1, choice.unsqueeze(1)).squeeze(1)
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values with room for the tokens to come, where `DynamicLayer` copies all of them at every token."""
+
+    _room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before = self.get_seq_length()
+        after = before + key_states.shape[-2]
+        if self._room is None or self._room[0].shape[-2] < after:
+            self._room = _widened(self.keys, key_states, 2 * after), _widened(self.values, value_states, 2 * after)
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, before:after] = new
+        self.keys, self.values = (room[:, :, :after] for room in self._room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        length = self.get_seq_length()
+        if self._room is not None:
+            self._room = self._room[0][indices], self._room[1][indices]
+            self.keys, self.values = (room[:, :, :length] for room in self._room)
+
+
+def _widened(held: Tensor | None, like: Tensor, width: int) -> Tensor:
+    """A buffer [R, heads, width, D] that begins with what is held."""
+    rows, heads, _, size = like.shape
+    room = like.new_empty(rows, heads, width, size)
+    if held is not None and held.numel():
+        room[:, :, : held.shape[-2]] = held
+    return room
 
 
 class TransformersRolloutEngine:
@@ -70,7 +99,7 @@ class TransformersRolloutEngine:
         return completions
 
     def advance(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> list[Completion]:
-        """Whole: `generate` cannot be left and entered again, so nothing is ever under way between two calls."""
+        """Whole: nothing is ever under way between two calls."""
         return self.generate(requests, sampling)
 
     def abort(self) -> None:
@@ -78,36 +107,53 @@ class TransformersRolloutEngine:
 
     @torch.no_grad()
     def _generate_batch(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> list[Completion]:
+        """Token by token, all requests together; one that has ended leaves the batch."""
         width = max(len(request.prompt_ids) for request in requests)
         input_ids = torch.zeros(len(requests), width, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
+        mask = torch.ones(len(requests), width + sampling.max_tokens, dtype=torch.int64)
         for row, request in enumerate(requests):  # left-padded: generation continues at the right end
             input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            attention_mask[row, width - len(request.prompt_ids) :] = 1
-        sampler = SeededSampling([request.seed for request in requests], sampling, width)
-        self._model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            do_sample=False,
-            max_new_tokens=sampling.max_tokens,
-            eos_token_id=list(sampling.stop_token_ids),
-            pad_token_id=0,
-            logits_processor=LogitsProcessorList([sampler]),
+            mask[row, : width - len(request.prompt_ids)] = 0
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        padded = bool((mask == 0).any())
+        cache = DynamicCache(config=self._model.config)
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        sampler, stops = (
+            SeededSampling([request.seed for request in requests], sampling),
+            torch.tensor(sampling.stop_token_ids, dtype=torch.int64),
         )
-        chosen, logprobs = torch.stack(sampler.chosen, 1), torch.stack(sampler.logprobs, 1)
-        return [self._completion(request, chosen[row], logprobs[row], sampling) for row, request in enumerate(requests)]
-
-    def _completion(self, request: SampleRequest, chosen: Tensor, logprobs: Tensor, sampling: SamplingSpec) -> Completion:
-        stops = torch.isin(chosen, torch.tensor(sampling.stop_token_ids)).nonzero()
-        stopped = len(stops) > 0
-        length = int(stops[0]) + 1 if stopped else len(chosen)
-        return Completion(
-            sample_id=request.sample_id,
-            response_ids=chosen[:length].numpy(),
-            rollout_logprobs=logprobs[:length].numpy(),
-            policy_version=np.full(length, self.version, dtype=np.int64),
-            finish_reason=FinishReason.stop if stopped else FinishReason.length,
-        )
+        chosen = torch.zeros(len(requests), sampling.max_tokens, dtype=torch.int64)
+        logprobs, lengths = torch.zeros(chosen.shape), torch.zeros(len(requests), dtype=torch.int64)
+        rows, start = torch.arange(len(requests)), 0
+        for place in range(sampling.max_tokens):
+            end = width + place
+            logits = self._model(
+                input_ids=input_ids,
+                attention_mask=mask[rows, :end] if padded else None,
+                position_ids=positions[rows, start:end],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            tokens, logprobs[rows, place] = sampler(logits, rows.tolist())
+            chosen[rows, place], lengths[rows], start = tokens, place + 1, end
+            going = ~torch.isin(tokens, stops)
+            if not going.all():
+                rows, tokens = rows[going], tokens[going]
+                if not len(rows):
+                    break
+                cache.batch_select_indices(going.nonzero().squeeze(-1))
+            input_ids = tokens.unsqueeze(1)
+        return [
+            Completion(
+                sample_id=request.sample_id,
+                response_ids=chosen[row, :length].numpy(),
+                rollout_logprobs=logprobs[row, :length].numpy(),
+                policy_version=np.full(length, self.version, dtype=np.int64),
+                finish_reason=FinishReason.stop if int(chosen[row, length - 1]) in sampling.stop_token_ids else FinishReason.length,
+            )
+            for row, (request, length) in enumerate(zip(requests, lengths.tolist(), strict=True))
+        ]
 
     @torch.no_grad()
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
