@@ -69,6 +69,7 @@ def sample_answers(
     settings: BaseAnswers, prompts: Sequence[Prompt], sampler: Sampler, sampling: SamplingSpec, learner: Learners
 ) -> Answers:
     """Ask the model as it is now, which must be the base model. Raises DataError where nothing is mastered, or all of it."""
+    total, prompts = len(prompts), prompts[: settings.num_prompts or None]
     mastered: list[Prompt] = []
     rollouts: list[Rollout] = []
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
@@ -84,9 +85,9 @@ def sample_answers(
         if solved:
             further = sampler.collect(sampler.submit("rehearsal-answer", solved, 1, sampling)).rollouts
             rollouts += [rollout for rollout in further if is_right(rollout, settings)]
-    if not rollouts or len(mastered) == len(prompts):
+    if not rollouts or len(mastered) == total:
         raise DataError(
-            f"rehearsal=base_answers: of {len(prompts)} prompts the base model always solves {len(mastered)} in "
+            f"rehearsal=base_answers: of {total} prompts the base model always solves {len(mastered)} in "
             f"{settings.samples_per_prompt} samples, which leaves nothing to {'rehearse' if not rollouts else 'explore'}. Change "
             "rehearsal.samples_per_prompt or the prompts, or write rehearsal=none."
         )

@@ -55,6 +55,7 @@ class BaseAnswers(Rehearsal):
     coef: float = 0.01  # multiplies the loss
     mode: Mode = Mode.forward_kl
     alpha: float = 0.2  # of mode alpha
+    num_prompts: int = 0  # of the training set that are asked, the first ones; 0: all
     samples_per_prompt: int = 4  # that must all be right for a prompt to be rehearsed
     right_from: float = 0.5  # a reward at least as high counts as right
     rows_per_step: int = 32  # stored answers that join each batch
@@ -66,9 +67,10 @@ class BaseAnswers(Rehearsal):
             raise ConfigError(f"rehearsal.alpha={self.alpha}: write a number in (0, 1); 0.2 is usual.")
         if self.alpha != 0.2 and self.mode is not Mode.alpha:
             raise ConfigError(f"rehearsal.alpha={self.alpha}: rehearsal.mode={self.mode.name} never reads it. Write mode=alpha.")
-        if self.samples_per_prompt < 1 or self.rows_per_step < 1:
+        if self.samples_per_prompt < 1 or self.rows_per_step < 1 or self.num_prompts < 0:
             raise ConfigError(
-                f"rehearsal.samples_per_prompt={self.samples_per_prompt}, rows_per_step={self.rows_per_step}: write 1 or more."
+                f"rehearsal.samples_per_prompt={self.samples_per_prompt}, rows_per_step={self.rows_per_step}, "
+                f"num_prompts={self.num_prompts}: write 1 or more; num_prompts=0 asks all."
             )
 
     @property
