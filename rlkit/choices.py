@@ -39,14 +39,14 @@ def as_text(described: dict[str, Any], only: list[str]) -> str:
         for name, option in found.items():
             lines.append(f"  {group}={name}: {option['description']}")
             if option["sets"]:
-                lines.append("      " + " ".join(f"{key}={_written(value)}" for key, value in option["sets"].items()))
+                lines.append("      " + " ".join(f"{key}={written(value)}" for key, value in option["sets"].items()))
             else:
                 lines += _setting_lines(option["settings"], "      ")
     return "\n".join(lines)
 
 
 def _setting_lines(settings: list[dict[str, Any]], indent: str) -> list[str]:
-    assigned = [f"{each['name']}={'???' if each['required'] else _written(each['default'])}" for each in settings]
+    assigned = [f"{each['name']}={'???' if each['required'] else written(each['default'])}" for each in settings]
     width = min(max(map(len, assigned), default=0), 34)
     return [
         f"{indent}{text:<{width}}  {each['type']}{'. ' + each['help'] if each['help'] else ''}"
@@ -54,10 +54,10 @@ def _setting_lines(settings: list[dict[str, Any]], indent: str) -> list[str]:
     ]
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A value as one would write it in an override."""
     if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
+        return f"[{','.join(map(written, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value) or "''"
@@ -82,7 +82,7 @@ def _preset(group: str, name: str) -> dict[str, Any]:
     for entry in defaults:
         if isinstance(entry, dict):
             sets |= {key.removeprefix("override /"): value for key, value in entry.items()}
-    sets |= _flat(content, "" if group == "experiment" else f"{group}.")
+    sets |= flatten(content, "" if group == "experiment" else f"{group}.")
     settings = _option(group, start)["settings"] if start and group != "experiment" else []
     return {"description": _first_comment(file), "settings": settings, "sets": sets}
 
@@ -92,10 +92,10 @@ def _first_comment(file: Path) -> str:
     return next((text for text in comments if not text.startswith("@")), "")
 
 
-def _flat(values: dict[Any, Any], prefix: str) -> dict[str, Any]:
+def flatten(values: dict[Any, Any], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

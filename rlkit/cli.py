@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "train a policy",
     "eval": "evaluate a checkpoint on held-out prompts",
+    "compare": "set runs side by side: settings, figures, curves",
     "choices": "list everything that can be chosen and set",
     "divergences": "measure what every divergence, estimator and place descends",
     "model": "build or fetch the models that rlkit knows by name",
@@ -41,6 +42,7 @@ examples:
   rlkit train -m divergence=none,reverse_kl seed=1,2   four runs, one after the other
   rlkit train dry_run=true                             check everything, print what would run, start nothing
   rlkit eval runs/quickstart-20260101-120000           the newest checkpoint of a run
+  rlkit compare runs/quickstart-20260101-120000        all runs of a sweep, or any runs, side by side
   rlkit choices divergence                             what divergences there are, with their settings
 
 exit codes: 0 done, 2 configuration or data, 3 resources, 4 a component failed, 5 not finite, 75 stopped with a checkpoint,
@@ -82,6 +84,16 @@ By enumeration of all sequences of a small vocabulary, with the functions that t
   off-policy       the same under samples of another policy
   gradient spread  standard deviation of one response's gradient, in units of the exact one
   value bias       of the loss as a number"""
+
+COMPARE = """Set runs side by side: the settings that differ, final figures with intervals over seeds and prompts, curves.
+
+Runs that differ in the seed alone form an arm; the arm of the first folder is what the others are held against. Runs need a
+held-out evaluation on the same prompts; they may still be running. Writes comparison.md, comparison.json and PNG files."""
+
+COMPARE_EXAMPLES = """examples:
+  rlkit compare runs/quickstart-20260101-120000                  the folder of a sweep
+  rlkit compare runs/plain-seed1 runs/plain-seed2 runs/kl-seed1 runs/kl-seed2 --out kl
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -148,6 +160,8 @@ def dispatch(arguments: list[str]) -> int:
             return command_train(rest)
         case ["eval", *rest]:
             return command_eval(rest)
+        case ["compare", *rest]:
+            return command_compare(rest)
         case ["choices", *rest]:
             return command_choices(rest)
         case ["divergences", *rest]:
@@ -277,6 +291,22 @@ def command_eval(arguments: Sequence[str]) -> int:
     for name in (name for name in metrics if f"{name}_low" in metrics):
         low, high = number(metrics[f"{name}_low"]), number(metrics[f"{name}_high"])
         print(f"  {name.removeprefix('evaluation/'):<10} {number(metrics[name])}  (95 % interval {low} to {high})")
+    return 0
+
+
+def command_compare(arguments: Sequence[str]) -> int:
+    """Tables and curves of runs side by side."""
+    parser = _parser("rlkit compare", COMPARE, COMPARE_EXAMPLES)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="folder", help="of a run, or of a sweep: all runs in it")
+    parser.add_argument("--out", type=Path, default=Path("compare"), help="folder of what is written (default: compare)")
+    if (given := _parse(parser, arguments)) is None:
+        return 0
+    if not given.folders:
+        raise ConfigError("rlkit compare needs folders: rlkit compare <run or sweep folder> ...")
+    from rlkit.report.compare import compare
+    from rlkit.report.write import write
+
+    print(write(compare(given.folders), given.out), end="")
     return 0
 
 

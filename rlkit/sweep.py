@@ -13,7 +13,7 @@ from rlkit.compose import Arm
 from rlkit.controller.cluster import Cluster, open_cluster
 from rlkit.controller.evaluate import Evaluation
 from rlkit.controller.loop import RunSummary
-from rlkit.controller.tracking.format import duration, number
+from rlkit.controller.tracking.format import aligned, duration, number
 from rlkit.errors import Preempted, RlkitError
 
 
@@ -94,8 +94,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         said = outcome.result or outcome.message.partition("\n")[0]
         rows.append([outcome.label, outcome.word, duration(outcome.seconds), said, outcome.run_dir])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(aligned(rows))
 
 
 def _write(file: Path, outcomes: Sequence[Outcome]) -> None:

@@ -5,9 +5,11 @@ Ragged, per-sample data (a prompt, a rollout) is numpy, which Ray moves without 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,11 @@ class Prompt:
     prompt_ids: tuple[int, ...]
     source: str
     columns: dict[str, Any]
+
+    @property
+    def row_digest(self) -> str:
+        """Of the whole row: two data sets can number their rows alike."""
+        return sha256(json.dumps(self.columns, default=str).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

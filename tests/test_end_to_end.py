@@ -24,12 +24,16 @@ QUICK = ["evaluation.samples_per_prompt=8", "evaluation.ks=[1,8]"]
 # Appended to a command that starts so, to have it tried and not waited for.
 SHORTENED = {
     "rlkit train num_steps=30": QUICK,
-    "rlkit train -m": ["num_steps=2", "prompts_per_step=4", "group_size=4", "evaluation=none"],
+    "rlkit train -m": [
+        *("num_steps=2", "prompts_per_step=4", "group_size=4"),
+        *("evaluation.num_prompts=8", "evaluation.samples_per_prompt=4", "evaluation.ks=[1,4]"),
+    ],
     "rlkit train resume=": ["num_steps=31"],
     "rlkit train max_staleness": [*TINY_BATCH, "num_steps=3", "evaluation=none"],
     "rlkit train model=smollm2_135m": [*TINY_BATCH, "num_steps=1", "max_response_tokens=16", "evaluation=none"],
     "rlkit train experiment=grpo_published dry_run=true": [],
     "rlkit eval": [],
+    "rlkit compare": [],
     "rlkit choices": [],
     "rlkit model fetch": [],
 }
@@ -71,6 +75,8 @@ class Story:
         (beginning,) = (known for known in SHORTENED if line.startswith(known))
         if "<run>" in line:
             line = line.replace("runs/<run>", str(self.quickstart))
+        if "<sweep>" in line:
+            line = line.replace("runs/<sweep>", str(next((self.folder / "runs").glob("*/sweep.json")).parent))
         words = shlex.split(line, comments=True)
         self.said[beginning] = rlkit(self.folder, *words[1:], *SHORTENED[beginning])
 
@@ -123,6 +129,18 @@ def test_a_sweep_is_one_command_with_a_folder_for_every_run(story):
     assert len(runs) == 4
     assert sum("kl/ref_k3" in steps(run.parent)[-1] for run in runs) == 2
     assert story.said["rlkit train -m"].count("done") >= 4
+
+
+def test_a_sweep_is_compared_in_tables_and_curves(story):
+    said = story.said["rlkit compare"]
+    assert "4 runs in 2 arms, on 8 held-out prompts" in said
+    assert "divergence=reverse_kl" in said
+    assert "fewer than 5" in said
+    written = json.loads((story.folder / "compare" / "comparison.json").read_text())
+    assert [len(arm["runs"]) for arm in written["arms"]] == [2, 2]
+    points = written["arms"][1]["reward_and_kl"]
+    assert all(np.isfinite([each["kl"], each["reward"]]).all() for each in points)
+    assert all((story.folder / "compare" / name).is_file() for name in [*written["pictures"], "comparison.md"])
 
 
 def test_the_users_own_divergence_trains(tmp_path):

@@ -17,7 +17,13 @@ from rlkit.sweep import run_sweep
 
 def evaluation(reward: float) -> Evaluation:
     return Evaluation(
-        prompt_ids=("a", "b"), rewards=np.full(2, reward), pass_at={1: np.full(2, reward)}, distinct=np.ones(2), num_failed=0
+        prompt_ids=("a", "b"),
+        row_digests=("", ""),
+        sample_rewards=((reward,) * 4,) * 2,
+        num_correct=np.full(2, round(4 * reward)),
+        distinct=np.ones(2),
+        num_failed=0,
+        ks=(1,),
     )
 
 

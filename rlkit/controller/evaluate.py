@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,54 @@ from rlkit.types import Prompt, RewardStatus, Rollout, SamplingSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """One evaluation. Per-prompt figures are kept, so that two evaluations on the same prompts can be compared in pairs."""
+    """One evaluation. Every sample's reward is kept, so that evaluations on the same prompts can be compared in pairs."""
 
     prompt_ids: tuple[str, ...]
-    rewards: np.ndarray  # [P] mean over the prompt's samples
-    pass_at: dict[int, np.ndarray]  # k -> [P]
+    row_digests: tuple[str, ...]  # [P] of their rows: two data sets can have the same ids
+    sample_rewards: tuple[tuple[float, ...], ...]  # [P], of each prompt's scored samples
+    num_correct: np.ndarray  # [P] of them
     distinct: np.ndarray  # [P] different right answers
     num_failed: int  # samples without a reward
+    ks: tuple[int, ...]  # of the pass@k in `metrics`
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """[P] id and digest: what makes a prompt the same one in another run."""
+        return list(zip(self.prompt_ids, self.row_digests, strict=True))
+
+    @property
+    def num_samples(self) -> np.ndarray:
+        """[P] with a reward."""
+        return np.array([len(each) for each in self.sample_rewards])
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """[P] mean over the prompt's samples."""
+        return np.array([np.mean(each) for each in self.sample_rewards])
+
+    def pass_at(self, k: int) -> np.ndarray:
+        """[P] unbiased. Raises DataError where a prompt has fewer than k samples."""
+        counts = list(zip(self.num_samples.tolist(), self.num_correct.tolist(), strict=True))
+        known = {(n, c): pass_at_k(n, c, k) for n, c in set(counts)}
+        return np.array([known[each] for each in counts])
+
+    def select(self, prompt_ids: Sequence[str]) -> Evaluation:
+        """The same with these prompts alone, in this order."""
+        place = {prompt_id: i for i, prompt_id in enumerate(self.prompt_ids)}
+        rows = [place[prompt_id] for prompt_id in prompt_ids]
+        return replace(
+            self,
+            prompt_ids=tuple(prompt_ids),
+            row_digests=tuple(self.row_digests[row] for row in rows),
+            sample_rewards=tuple(self.sample_rewards[row] for row in rows),
+            num_correct=self.num_correct[rows],
+            distinct=self.distinct[rows],
+        )
 
     def metrics(self) -> dict[str, float]:
         """Figures with the ends of their 95 % intervals, which resample prompts."""
         figures = {"reward": self.rewards, "distinct": self.distinct}
-        figures |= {f"pass@{k}": values for k, values in self.pass_at.items()}
+        figures |= {f"pass@{k}": self.pass_at(k) for k in self.ks}
         out: dict[str, float] = {}
         for name, values in figures.items():
             low, high = bootstrap_interval(values)
@@ -51,20 +87,24 @@ class Evaluation:
         """Plain values; `from_json` reads them back to the last bit."""
         return {
             "prompt_ids": list(self.prompt_ids),
-            "rewards": self.rewards.tolist(),
-            "pass_at": {str(k): values.tolist() for k, values in self.pass_at.items()},
+            "row_digests": list(self.row_digests),
+            "sample_rewards": [list(each) for each in self.sample_rewards],
+            "num_correct": self.num_correct.tolist(),
             "distinct": self.distinct.tolist(),
             "num_failed": self.num_failed,
+            "ks": list(self.ks),
         }
 
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> Evaluation:
+    def from_json(cls, stored: Mapping[str, Any]) -> Evaluation:
         return cls(
             prompt_ids=tuple(stored["prompt_ids"]),
-            rewards=np.array(stored["rewards"]),
-            pass_at={int(k): np.array(values) for k, values in stored["pass_at"].items()},
+            row_digests=tuple(stored["row_digests"]),
+            sample_rewards=tuple(tuple(each) for each in stored["sample_rewards"]),
+            num_correct=np.array(stored["num_correct"]),
             distinct=np.array(stored["distinct"]),
             num_failed=stored["num_failed"],
+            ks=tuple(stored["ks"]),
         )
 
 
@@ -72,7 +112,7 @@ def gain(before: Evaluation, after: Evaluation, k: int = 1) -> tuple[float, floa
     """Mean rise of pass@k and its 95 % interval, paired by prompt: the same prompts were asked both times."""
     if before.prompt_ids != after.prompt_ids:
         raise DataError("The two evaluations asked different prompts, so they cannot be paired.")
-    difference = after.pass_at[k] - before.pass_at[k]
+    difference = after.pass_at(k) - before.pass_at(k)
     low, high = bootstrap_interval(difference)
     return float(difference.mean()), low, high
 
@@ -121,23 +161,25 @@ def evaluate(
     submitted = sampler.submit("evaluation", chosen, settings.samples_per_prompt, sampling)
     rollouts = sampler.collect(submitted).rollouts
     size = settings.samples_per_prompt
-    return summarize([rollouts[start : start + size] for start in range(0, len(rollouts), size)], settings)
+    groups = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
+    return summarize(groups, settings, {prompt.id: prompt.row_digest for prompt in chosen})
 
 
-def summarize(groups: Sequence[Sequence[Rollout]], settings: HeldOut) -> Evaluation:
+def summarize(groups: Sequence[Sequence[Rollout]], settings: HeldOut, row_digests: Mapping[str, str]) -> Evaluation:
     """Figures per prompt. Samples without a reward are left out; a prompt with fewer than max(ks) of them left is as well."""
     scored = [[rollout for rollout in group if rollout.status is RewardStatus.ok] for group in groups]
     kept = [group for group in scored if len(group) >= max(settings.ks)]
     if not kept:
         raise DataError("No held-out prompt has enough scored samples for evaluation.ks; look at the reward function's failures.")
-    rewards = [[float(r.reward) for r in group if r.reward is not None] for group in kept]  # of an ok sample it never is None
     right = [[r for r in group if r.reward is not None and r.reward >= settings.right_from] for group in kept]
     return Evaluation(
         prompt_ids=tuple(group[0].prompt_id for group in kept),
-        rewards=np.array([np.mean(group) for group in rewards]),
-        pass_at={
-            k: np.array([pass_at_k(len(group), len(good), k) for group, good in zip(kept, right, strict=True)]) for k in settings.ks
-        },
+        row_digests=tuple(row_digests[group[0].prompt_id] for group in kept),
+        sample_rewards=tuple(
+            tuple(float(r.reward) for r in group if r.reward is not None) for group in kept
+        ),  # an ok sample has one
+        num_correct=np.array([len(good) for good in right]),
         distinct=np.array([len({r.text.strip() for r in good}) for good in right], dtype=float),
         num_failed=sum(map(len, groups)) - sum(map(len, scored)),
+        ks=tuple(settings.ks),
     )

@@ -427,6 +427,7 @@ class Run:
             names = ("evaluation/pass@1_gain", "evaluation/pass@1_gain_low", "evaluation/pass@1_gain_high")
             metrics |= dict(zip(names, gain(before, evaluation), strict=True))
         progress.after, progress.evaluated_at = evaluation, progress.step
+        self.tracker.store_evaluation(progress.step, evaluation.to_json())
         self.tracker.evaluation(progress.step, metrics)
 
     def checkpoint_is_due(self) -> bool:

@@ -44,7 +44,7 @@ from rlkit.config import (
 from rlkit.config import FileTracking as Files
 from rlkit.controller.tracking import Tracker, console, files, forecast
 from rlkit.controller.tracking.console import LiveDisplay, Pace, PlainDisplay, open_display
-from rlkit.controller.tracking.format import duration, number, sparkline
+from rlkit.controller.tracking.format import aligned, duration, markdown_table, number, sparkline
 from rlkit.controller.tracking.history import Estimate, Evaluated, History, estimates, read_history, step_parts
 from rlkit.controller.tracking.plots import write_plots
 from rlkit.controller.tracking.redaction import REDACTED, redact
@@ -530,6 +530,19 @@ def test_a_resumed_run_measures_the_lost_steps_once(tmp_path, capsys):
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("reward/mean")] == [(1, 0.31), (2, 0.32), (3, 0.9), (4, 0.9)]
 
 
+def test_evaluations_are_kept_by_prompt_and_those_after_the_checkpoint_made_again(tmp_path, capsys):
+    with Tracker(tmp_path, run_config()) as tracker:
+        for step in (0, 10, 20):
+            tracker.store_evaluation(step, {"rewards": [1 / 3, step]})
+    assert files.read_evaluations(tmp_path) == {step: {"rewards": [1 / 3, step]} for step in (0, 10, 20)}
+    with Tracker(tmp_path, run_config(), resume_after=10) as tracker:
+        assert list(files.read_evaluations(tmp_path)) == [0, 10]
+        tracker.store_evaluation(10, {"rewards": [7]})  # a checkpoint without the evaluation that came after it
+    assert files.read_evaluations(tmp_path)[10] == {"rewards": [7]}
+    with Tracker(tmp_path, run_config(), resume_after=-1):  # there was no checkpoint
+        assert files.read_evaluations(tmp_path) == {}
+
+
 def test_an_exception_leaves_everything_measured_so_far_on_disk(tmp_path):
     tracker = Tracker(tmp_path, run_config())
 
@@ -626,6 +639,12 @@ def test_the_environments_secrets_are_redacted_wherever_they_turn_up(monkeypatch
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path))
     text = f"q7-secret-q7-and-more q7-secret-q7 disabled false-ish-1 {tmp_path}"
     assert redact(text) == f"{REDACTED} {REDACTED} disabled false-ish-1 {tmp_path}"
+
+
+def test_tables_line_up_and_a_bar_in_a_cell_is_no_border():
+    rows = [["name", "value"], ["a|b", "1"], ["", "22"]]
+    assert aligned(rows) == ["name  value", "a|b   1", "      22"]
+    assert markdown_table(rows) == ["| name | value |", "| --- | --- |", r"| a\|b | 1 |", "|  | 22 |"]
 
 
 def test_a_steps_other_time_is_what_no_part_accounts_for():

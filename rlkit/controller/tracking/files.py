@@ -1,4 +1,4 @@
-"""The run folder: who may use it, what the run was, on what it ran, and every rollout."""
+"""The run folder: who may use it, what the run was, on what it ran, every rollout and every evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
@@ -26,6 +26,7 @@ from rlkit.errors import ConfigError, DataError
 from rlkit.types import FinishReason, RewardStatus, Rollout
 
 LOCK = ".lock"
+EVALUATIONS = "evaluations"
 _TOKENS = pa.list_(pa.int32())
 _ROLLOUT_SCHEMA = pa.schema(
     {
@@ -165,6 +166,29 @@ def read_rollouts(path: Path) -> list[Rollout]:
             )
         )
     return rollouts
+
+
+def write_evaluation(run_dir: Path, step: int, evaluation: Mapping[str, Any]) -> None:
+    """Plain values of one evaluation, in a file of its own."""
+    folder = run_dir / EVALUATIONS
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / f"step_{step:06d}.json", json.dumps(evaluation) + "\n")
+
+
+def read_evaluations(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Step -> what `write_evaluation` wrote, in the order of the steps."""
+    return {step: json.loads(path.read_text(encoding="utf-8")) for step, path in _evaluations(run_dir)}
+
+
+def drop_evaluations(run_dir: Path, *, after: int) -> None:
+    """A resumed run makes those after its checkpoint again."""
+    for step, path in _evaluations(run_dir):
+        if step > after:
+            path.unlink()
+
+
+def _evaluations(run_dir: Path) -> list[tuple[int, Path]]:
+    return sorted((int(path.stem.removeprefix("step_")), path) for path in (run_dir / EVALUATIONS).glob("step_*.json"))
 
 
 def _row(rollout: Rollout, advantage: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Numbers, durations and small curves as short text."""
+"""Numbers, durations, tables and small curves as short text."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line a row, its cells under one another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first row is the heading."""
+    heading, *body = (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    return [heading, "|" + " --- |" * len(rows[0]), *body]
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

@@ -11,9 +11,9 @@ from rlkit.controller.tracking.history import History, step_parts
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everybody
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everybody
 _PART_COLOURS: dict[str, str] = dict(
-    zip(("generate", "learn", "score", "reward", "sync", "other"), (*_COLOURS[:5], "#BBBBBB"), strict=True)
+    zip(("generate", "learn", "score", "reward", "sync", "other"), (*COLOURS[:5], "#BBBBBB"), strict=True)
 )
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -36,31 +36,44 @@ _STYLE: dict[Any, Any] = {
 
 def write_plots(history: History, folder: Path) -> list[Path]:
     """One PNG for each picture that has something to show. Returns the files written."""
+    folder.mkdir(exist_ok=True)
+    written = []
+    for name, draw in _PICTURES.items():
+        if draw_picture(file := folder / f"{name}.png", lambda axes, draw=draw: draw(axes, history)):
+            written.append(file)
+    return written
+
+
+def draw_picture(file: Path, draw: Callable[[Axes], bool], *, xlabel: str = "step", legend_below: bool = False) -> bool:
+    """One PNG, on axes of integers unless `draw` chooses others. False, and no file, where it says there is nothing to show.
+
+    A legend stands beside the curves; below, where its texts are long, and there the picture is as large as it needs to be.
+    """
     from matplotlib import rc_context  # takes a second to import
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    folder.mkdir(exist_ok=True)
-    written = []
-    for name, draw in _PICTURES.items():
-        with rc_context(_STYLE):  # not pyplot: its global state and its windows have no place in a library
-            figure = Figure(figsize=(6.0, 3.5), dpi=160)  # fixed margins: a layout engine draws everything twice
-            FigureCanvasAgg(figure)
-            axes = figure.add_subplot(xlabel="step")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-            if not draw(axes, history):
-                continue
+    with rc_context(_STYLE):  # not pyplot: its global state and its windows have no place in a library
+        figure = Figure(figsize=(6.0, 3.5), dpi=160)  # fixed margins: a layout engine draws everything twice
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot(xlabel=xlabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        if not draw(axes):
+            return False
+        if legend_below:
+            axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.16), borderaxespad=0.0, fontsize=8)
+            figure.savefig(file, bbox_inches="tight")
+        else:
             has_legend = _legend(axes)
             figure.subplots_adjust(left=0.12, right=0.74 if has_legend else 0.97, bottom=0.14, top=0.89)
-            figure.savefig(folder / f"{name}.png")
-        written.append(folder / f"{name}.png")
-    return written
+            figure.savefig(file)
+    return True
 
 
 def _reward(axes: Axes, history: History) -> bool:
     axes.set(title="Reward on training prompts", ylabel="mean reward")
-    return _curve(axes, history, "reward/mean", _COLOURS[0])
+    return _curve(axes, history, "reward/mean", COLOURS[0])
 
 
 def _evaluation(axes: Axes, history: History) -> bool:
@@ -69,7 +82,7 @@ def _evaluation(axes: Axes, history: History) -> bool:
     shown = [name for name in names if name.startswith("pass@")] or [name for name in names if name == "reward"]
     for i, name in enumerate(shown):
         points = [(evaluated.step, evaluated.estimates[name]) for evaluated in history.evaluations if name in evaluated.estimates]
-        steps, colour = [step for step, _ in points], _COLOURS[i % len(_COLOURS)]
+        steps, colour = [step for step, _ in points], COLOURS[i % len(COLOURS)]
         axes.plot(steps, [estimate.value for _, estimate in points], color=colour, marker="o", markersize=4, label=name)
         bounds = [(step, e.low, e.high) for step, e in points if e.low is not None and e.high is not None]
         for step, low, high in bounds:
@@ -86,7 +99,7 @@ def _evaluation(axes: Axes, history: History) -> bool:
 
 def _entropy(axes: Axes, history: History) -> bool:
     axes.set(title="Entropy of the policy", ylabel="nats per token")
-    return _curve(axes, history, "entropy/mean", _COLOURS[2])
+    return _curve(axes, history, "entropy/mean", COLOURS[2])
 
 
 def _kl(axes: Axes, history: History) -> bool:
@@ -155,7 +168,7 @@ def _curve(axes: Axes, history: History, name: str, colour: str) -> bool:
 def _lines(axes: Axes, history: History, names: dict[str, str], *, positive: bool = False) -> bool:
     """Several series of one unit; `positive` leaves out what a logarithmic axis cannot show."""
     found = False
-    for colour, (name, label) in zip(_COLOURS, names.items(), strict=False):
+    for colour, (name, label) in zip(COLOURS, names.items(), strict=False):
         points = [(step, value) for step, value in zip(*history.series(name), strict=True) if value > 0 or not positive]
         if points:
             axes.plot(*map(list, zip(*points, strict=True)), color=colour, marker="" if len(points) > 1 else "o", label=label)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.controller.tracking import forecast
-from rlkit.controller.tracking.format import duration, number
+from rlkit.controller.tracking.format import aligned, duration, markdown_table, number
 from rlkit.controller.tracking.history import Evaluated, History, step_parts
 
 
@@ -82,8 +82,7 @@ class Summary:
         """For the console: aligned, the commands last."""
         lines = [self.headline]
         if rows := self.table():
-            widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-            lines += ["", *("  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)]
+            lines += ["", *(f"  {line}" for line in aligned(rows))]
         facts = self.facts()
         width = max(len(name) for name, _ in facts)
         lines += ["", *(f"  {name:<{width}}  {value}" for name, value in facts)]
@@ -93,8 +92,7 @@ class Summary:
         """The same for summary.md."""
         lines = [f"# {self.headline}", ""]
         if rows := self.table():
-            heading, *body = (f"| {' | '.join(row)} |" for row in rows)
-            lines += [heading, "|" + " --- |" * len(rows[0]), *body, ""]
+            lines += [*markdown_table(rows), ""]
         lines += [f"- {name}: {value}" for name, value in self.facts()]
         return "\n".join([*lines, "", "To go on:", "", "```bash", *self.commands, "```", ""])
 

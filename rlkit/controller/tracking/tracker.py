@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rlkit.config import RunConfig, WandbTracking
 from rlkit.controller.tracking import files, forecast
@@ -47,6 +47,7 @@ class Tracker:
                 (run_dir / files.LOCK).unlink()
                 raise
         files.write_settings(run_dir, config, settings)
+        files.drop_evaluations(run_dir, after=keep_until)
         files.write_versions(run_dir / "versions.json")
         self._log = (run_dir / "log.txt").open("a", encoding="utf-8")
         self._sinks.append(JsonlSink(run_dir / "metrics.jsonl", keep_until=keep_until))
@@ -83,6 +84,10 @@ class Tracker:
         values |= forecast.metrics(read_history(self._run_dir / "metrics.jsonl"))
         for sink in self._sinks:
             sink.evaluation(step, values)
+
+    def store_evaluation(self, step: int, evaluation: Mapping[str, Any]) -> None:
+        """What each prompt of the evaluation after `step` came to, in a file that `rlkit compare` reads. Before `evaluation`."""
+        files.write_evaluation(self._run_dir, step, evaluation)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout], advantages: Sequence[float]) -> None:
         """Store a step's rollouts, every `tracking.save_rollouts_every` steps."""
