@@ -236,6 +236,7 @@ def resumed_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
     from dataclasses import replace
 
     from rlkit.compose import compose, read_stored
+    from rlkit.core.control import Fixed
 
     stored = read_stored(folder)
     before, now = compose(stored=stored), compose(overrides, stored=stored)
@@ -247,6 +248,11 @@ def resumed_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
     for key in ("lora_rank", "lora_alpha", "target_modules"):  # None: not of this learner
         if getattr(now.learner, key, None) != getattr(before.learner, key, None):
             raise ConfigError(f"learner.{key}: a run that is resumed keeps its adapters. Start a new run, from the checkpoint.")
+    for moved, earlier in zip(now.controlled.values(), before.controlled.values(), strict=True):
+        if type(moved.control) is not type(earlier.control):
+            raise ConfigError(f"{moved.group}: a run that is resumed keeps its controller, whose state is in the checkpoint.")
+        if not isinstance(moved.control, Fixed) and moved.start != earlier.start:
+            raise ConfigError(f"{moved.key}: a run that is resumed goes on from where {moved.group} took it. Leave it out.")
     return replace(now, run_dir=str(folder))
 
 

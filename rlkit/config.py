@@ -7,8 +7,9 @@ Strategies (objectives, divergences, ...) carry their own settings as dataclass 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -32,7 +33,7 @@ from rlkit.core.advantages import (
 )
 from rlkit.core.aepo import Aepo, NoTempering, Tempering
 from rlkit.core.apo import DifficultyAdaptiveDivergence, NoResponseWeights, ResponseWeights, TrajectoryComplexity
-from rlkit.core.control import Control, Fixed
+from rlkit.core.control import Control, Controlled, Fixed
 from rlkit.core.control import Schedule as ControlSchedule
 from rlkit.core.copo import COPO, NoPromptAdvantage, PromptAdvantage
 from rlkit.core.distill import NoTeacher, Teacher
@@ -169,7 +170,9 @@ class RunConfig:
     tempering: Tempering = MISSING
     token_filter: TokenFilter = MISSING
     token_weight: TokenWeight = MISSING
-    control: Control = MISSING
+    control: Control = MISSING  # of the entropy term's coefficient
+    divergence_control: Control = MISSING  # of the divergence's coefficient
+    threshold_control: Control = MISSING  # of the objective's upper clip threshold
     replay: Replay = MISSING
     reference: Reference = MISSING
     teacher: Teacher = MISSING
@@ -233,6 +236,36 @@ class RunConfig:
         """Whether a response's advantage comes from the others to its prompt, and one alone teaches nothing."""
         return choice_of("advantage", self.advantage) in GROUP_BASELINES
 
+    @property
+    def controlled(self) -> dict[str, Controlled]:
+        """What a controller can move, by the name that it is logged and checkpointed under."""
+        return {
+            "entropy": Controlled(
+                group="control",
+                control=self.control,
+                key="entropy.coef",
+                start=getattr(self.entropy, "coef", None),
+                sign=1,
+                measured="entropy/mean",
+            ),
+            "divergence": Controlled(
+                group="divergence_control",
+                control=self.divergence_control,
+                key="divergence.coef",
+                start=getattr(self.divergence, "coef", None),
+                sign=-1,
+                measured="kl/ref_token_mean",  # nats per token
+            ),
+            "threshold": Controlled(
+                group="threshold_control",
+                control=self.threshold_control,
+                key="objective.clip_high",
+                start=getattr(self.objective, "clip_high", None),
+                sign=1,  # a wider bound lets unlikely tokens grow
+                measured="entropy/mean",
+            ),
+        }
+
     def sampling(self, stop_token_ids: tuple[int, ...]) -> SamplingSpec:
         """How training responses are drawn."""
         rollout = self.rollout
@@ -245,6 +278,18 @@ class RunConfig:
             stop_token_ids=stop_token_ids,
         )
 
+
+CONTROLS: dict[str, type] = {
+    "fixed": Fixed,
+    "schedule": ControlSchedule,
+    "proportional": Proportional,
+    "doubling": Doubling,
+    "skywork": Skywork,
+    "pid": PID,
+    "pid_log": LogPID,
+    "dual": DualAscent,
+    "dual_log": LogDualAscent,
+}
 
 # The only registry: group -> name -> dataclass. Further names come from YAML files in conf/<group>/, which hold differences only.
 CHOICES: dict[str, dict[str, type]] = {
@@ -324,17 +369,10 @@ CHOICES: dict[str, dict[str, type]] = {
     "tempering": {"none": NoTempering, "aepo": Aepo},
     "token_filter": {"none": NoTokenFilter, "clip_b": ClipB, "clip_v": ClipV},
     "token_weight": {"none": NoTokenWeight, "steer": Steer, "high_entropy": HighEntropy},
-    "control": {
-        "fixed": Fixed,
-        "schedule": ControlSchedule,
-        "proportional": Proportional,
-        "doubling": Doubling,
-        "skywork": Skywork,
-        "pid": PID,
-        "pid_log": LogPID,
-        "dual": DualAscent,
-        "dual_log": LogDualAscent,
-    },
+    "control": dict(CONTROLS),
+    "divergence_control": dict(CONTROLS),
+    # Skywork's coefficient is 0 while it is off, and a threshold is never off.
+    "threshold_control": {name: cls for name, cls in CONTROLS.items() if cls is not Skywork},
     "replay": {"none": NoReplay},
     "reference": {"initial": InitialReference},
     "teacher": {"none": NoTeacher},
@@ -481,11 +519,18 @@ def _examine_group(group: str, node: DictConfig) -> tuple[object | None, list[st
     try:
         return cls(**values), found
     except ConfigError as error:
-        found += str(error).splitlines()
+        sentence = _with_keys(str(error), group, cls) if issubclass(cls, Control) else str(error)
+        found += sentence.splitlines()
     settings = object.__new__(cls)
     for name, value in values.items():
         setattr(settings, name, value)
     return settings, found
+
+
+def _with_keys(sentence: str, group: str, settings: Any, **others: str) -> str:
+    """What a controller says of its settings, with their full keys: it is chosen in several groups, and knows of none."""
+    keys = {field.name: f"{group}.{field.name}" for field in fields(settings)} | others
+    return re.sub(r"(?<![\w.])(\w+)=", lambda match: f"{keys.get(match[1], match[1])}=", sentence)
 
 
 def _what_to_write(key: str, group: DictConfig) -> str:
@@ -671,24 +716,52 @@ def _reward_place_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _control_problems(config: RunConfig) -> Iterator[str]:
-    """A controller moves one term's coefficient: two terms are measured in different things and cannot share a target."""
-    terms = {"divergence": config.divergence, "entropy": config.entropy}
-    coefs = {name: coef for name, term in terms.items() if (coef := getattr(term, "coef", None)) is not None}
-    if isinstance(config.control, Fixed):
-        return
-    control = choice_of("control", config.control)
-    if not coefs:
-        yield f"control={control}: there is no coefficient to move. Choose a divergence or entropy=bonus, or write control=fixed."
-    elif len(coefs) > 1:
-        yield (
-            f"control={control}: it moves one coefficient, and divergence and entropy have one each. Write control=fixed, or "
-            "drop one of them."
-        )
-    for coef in coefs.values():
+    """A controller needs something to move that acts, and must keep to what could be set in its place."""
+    tempered = config.tempering.num_prompts(config.prompts_per_step) * config.group_size
+    num_sequences = -(-(config.samples_per_step + tempered) // max(config.optimizer_steps_per_batch, 1))  # at most, in one step
+    for term, moved in config.controlled.items():
+        if isinstance(moved.control, Fixed) or not _takes(moved.control):
+            continue
+        choice, (group, _, name) = choice_of(moved.group, moved.control), moved.key.partition(".")
+        owner = getattr(config, group)
+        if moved.start is None:
+            instead = {
+                "entropy": (
+                    f"entropy=bonus, divergence_control={choice} for a divergence, threshold_control={choice} for a clip threshold"
+                ),
+                "divergence": "divergence=reverse_kl",
+                "threshold": "objective=clipped",
+            }[term]
+            yield (
+                f"{moved.group}={choice}: {group}={choice_of(group, owner)} has no {name} for it to move. Write {instead}, or "
+                f"{moved.group}=fixed."
+            )
+            continue
+        if term == "threshold" and config.optimizer_steps_per_step == 1 and not config.compares_with_sampler:
+            yield (
+                f"threshold_control={choice}: with one optimiser step on each batch every ratio is 1, and no threshold acts. Write "
+                "optimizer_steps_per_batch=2, or threshold_control=fixed."
+            )
         try:
-            config.control.check(coef=coef, num_sequences=config.samples_per_step // max(config.optimizer_steps_per_batch, 1))
+            moved.control.check(coef=moved.start, num_sequences=num_sequences)
         except ConfigError as error:
-            yield str(error)
+            yield _with_keys(str(error), moved.group, moved.control, coef=moved.key)
+            continue
+        lowest = moved.control.lowest(moved.start)
+        if _takes(owner) and not _takes(owner, **{name: lowest}):
+            yield (
+                f"{moved.group}={choice}: it may go down to {moved.key}={lowest:g}, which is refused. Write settings that keep it "
+                f"higher, such as {moved.group}.low, or choose another controller."
+            )
+
+
+def _takes(settings: Any, **changes: float) -> bool:
+    """Whether a choice's own check passes, with `changes` of its settings."""
+    try:
+        replace(settings, **changes)
+    except ConfigError:
+        return False
+    return True
 
 
 def _source_problems(config: RunConfig) -> Iterator[str]:

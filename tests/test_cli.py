@@ -18,6 +18,7 @@ from rlkit.config import CHOICES, RunConfig
 from rlkit.controller.checkpoint import FORMAT, MANIFEST, PROGRESS
 from rlkit.controller.tracking import files
 from rlkit.controller.tracking.redaction import plain_settings
+from rlkit.core.feedback import DualAscent
 from rlkit.core.objectives import ClippedSurrogate
 from rlkit.errors import ConfigError, WorkerError
 
@@ -232,6 +233,17 @@ def make_run(folder: Path, *overrides: str) -> Path:
         (folder / "checkpoints" / name / MANIFEST).write_text(json.dumps(sizes))
     files.write_settings(folder, config, plain_settings(config))
     return folder
+
+
+def test_a_resumed_run_may_move_a_controllers_target_but_not_where_it_started(in_folder: Path):
+    controlled = ["divergence=reverse_kl", "divergence_control=dual", "divergence_control.target=0.1"]
+    run_dir = make_run(in_folder / "run", *controlled)
+    config = cli.resumed_config(run_dir, ["divergence_control.target=0.2", "objective.clip_high=0.3"])
+    assert config.divergence_control == DualAscent(target=0.2)
+    with pytest.raises(ConfigError, match=r"^divergence.coef: a run that is resumed goes on from where divergence_control took it"):
+        cli.resumed_config(run_dir, ["divergence.coef=0.2"])
+    with pytest.raises(ConfigError, match=r"^divergence_control: a run that is resumed keeps its controller"):
+        cli.resumed_config(run_dir, ["divergence_control=fixed"])
 
 
 def test_eval_takes_the_newest_checkpoint_and_the_runs_settings(in_folder: Path):

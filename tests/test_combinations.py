@@ -28,7 +28,12 @@ TRAINED = [
     "correction=rejection token_weight=high_entropy token_weight.scope=micro token_filter=clip_b optimizer_steps_per_batch=2",
     "learner=lora entropy=siren entropy.scope=micro advantage_weights=stcr divergence=reverse_kl divergence_weights=dads",
     "max_staleness=1 correction=decoupled_ppo selector=clip_cov token_weight=steer entropy=bonus",
-    "control=dual control.target=0.02 divergence=reverse_kl divergence.estimator=k2 objective=reinforce advantage=gpg",
+    "divergence_control=dual divergence_control.target=0.02 divergence=reverse_kl divergence.estimator=k2 objective=reinforce"
+    " advantage=gpg",
+    "entropy=bonus control=pid control.target=0.8 divergence=reverse_kl divergence_control=dual_log divergence_control.target=0.02"
+    " optimizer_steps_per_batch=2 threshold_control=pid_log threshold_control.target=0.8",
+    "objective=cispo threshold_control=doubling threshold_control.target=0.8 max_staleness=1 safeguard=asymmetric"
+    " divergence=reverse_kl divergence_control=pid_log divergence_control.target=0.02",
 ]
 
 REFUSED = {
@@ -42,7 +47,10 @@ REFUSED = {
     "safeguard=asymmetric divergence=reverse_kl safeguard.kl_mode=direct": "safeguard.kl_mode=direct: it needs the KL",
     "divergence_weights=dads": "divergence_weights=dads: there is no divergence for it to act on",
     "selector=kl_cov objective=clipped": "selector=kl_cov: its pull takes a clip's place",
-    "entropy=siren divergence=reverse_kl control=pid control.target=1": "control=pid: it moves one coefficient",
+    "divergence=reverse_kl control=pid control.target=1": "control=pid: entropy=none has no coef for it to move",
+    "entropy=siren divergence_control=pid divergence_control.target=1": "divergence_control=pid: divergence=none has no coef",
+    "objective=unclipped threshold_control=doubling threshold_control.target=1": "objective=unclipped has no clip_high",
+    "threshold_control=skywork": "threshold_control=skywork: no such choice.",
 }
 
 
@@ -56,6 +64,8 @@ def test_it_trains(overrides: str, in_folder: Path):
         assert row["policy/skipped_steps"] == 0
         assert all(math.isfinite(row[name]) for name in row if name.endswith("/loss"))
         assert row["sync/probe_max"] <= 1e-4
+        for group, term in {"control": "entropy", "divergence_control": "divergence", "threshold_control": "threshold"}.items():
+            assert (f"ctrl/{term}/setpoint" in row) == (f" {group}=" in f" {overrides}")
 
 
 @pytest.mark.parametrize("overrides", REFUSED)

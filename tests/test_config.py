@@ -18,8 +18,10 @@ from rlkit.resources import conf_dir
 
 PACKAGE = Path(__file__).parent.parent / "rlkit"
 REQUIRED = {"data.path": "data.path=rows.jsonl", "data.task": "data.task=chain_sum", "reward.fn": "reward.fn=expressions"}
-REQUIRED |= {"model.path": "model.path=tiny", "control.target": "control.target=0.1"}
-REQUIRED |= {"control.updates": "control.updates=[10]", "control.coefs": "control.coefs=[0.01]"}
+REQUIRED |= {"model.path": "model.path=tiny"}
+CONTROLS = ("control", "divergence_control", "threshold_control")
+for setting, value in {"target": "0.1", "updates": "[10]", "coefs": "[0.01]"}.items():
+    REQUIRED |= {f"{group}.{setting}": f"{group}.{setting}={value}" for group in CONTROLS}
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def compose_with_what_is_missing(overrides: list[str]) -> RunConfig:
     try:
         return compose.compose(overrides)
     except ConfigError as error:
-        missing = [value for key, value in REQUIRED.items() if f"{key}: has no value" in str(error)]
+        missing = [value for key, value in REQUIRED.items() if f" {key}: has no value" in f" {error}"]
         if not missing:
             raise
     return compose.compose([*overrides, *missing])
@@ -61,9 +63,11 @@ GOES_WITH = {  # a choice of this name asks for another
     **dict.fromkeys(("value_model", "double_softmin"), "advantage=gae"),
     "kl_cov": "objective=unclipped",
     **dict.fromkeys(("dads", "entropy_gated", "asymmetric"), "divergence=reverse_kl"),
-    **dict.fromkeys(("skywork", "pid"), "entropy=bonus entropy.coef=0"),
-    **dict.fromkeys(("schedule", "dual"), "entropy=bonus"),
-    **dict.fromkeys(("proportional", "doubling", "pid_log", "dual_log"), "divergence=reverse_kl"),
+    "control": "entropy=bonus entropy.coef=0.005",  # any choice of this group
+    "divergence_control": "divergence=reverse_kl divergence.coef=0.005",
+    "threshold_control": "optimizer_steps_per_batch=2",
+    "threshold_control=pid": "optimizer_steps_per_batch=2 threshold_control.low=0.1 threshold_control.high=0.5",
+    "threshold_control=dual": "optimizer_steps_per_batch=2 threshold_control.low=0.1",
 }
 
 
@@ -71,7 +75,7 @@ GOES_WITH = {  # a choice of this name asks for another
 def test_every_choice_and_preset_of_a_group_composes(group: str, rows: Path):
     for name in options(group):
         overrides = [f"{group}={name}"]
-        overrides += GOES_WITH[name].split() if name in GOES_WITH else []
+        overrides += next((GOES_WITH[key] for key in (overrides[0], group, name) if key in GOES_WITH), "").split()
         config = compose_with_what_is_missing(overrides)
         if name in CHOICES[group]:
             assert type(getattr(config, group)) is CHOICES[group][name]
@@ -99,8 +103,8 @@ def test_no_file_of_conf_repeats_a_default(rows: Path):
             repeated += [f"{file.name}: {key}" for key, value in content.items() if before[key] == value]
             continue
         # What holds without this file: the experiment that it extends, or every default, of the same choices.
-        # Without its controller, which has settings that only the file gives.
-        choices = [f"{group}={name}" for group, name in compose._hydra(file.stem)[1].items() if group != "control"]
+        # Without its controllers, which have settings that only the file gives.
+        choices = [f"{group}={name}" for group, name in compose._hydra(file.stem)[1].items() if group not in CONTROLS]
         before = to_dict(compose.compose([f"experiment={extends or 'none'}", "reward.fn=exact_match", *choices]))
         for key, value in content.items():
             for inner, inner_value in value.items() if isinstance(value, dict) else [(None, value)]:
@@ -214,8 +218,72 @@ def test_all_problems_come_in_one_report():
         ("selector=kl_cov", "selector=kl_cov: ", "Write objective=unclipped."),
         ("selector=clip_cov objective=gspo", "selector=clip_cov: ", "Write objective=clipped, or selector=none."),
         ("selector=clip_cov objective=cispo", "selector.exclude_clipped=true: ", "Write selector.exclude_clipped=false."),
-        ("control=pid control.target=1", "control=pid: ", "Choose a divergence or entropy=bonus, or write control=fixed."),
-        ("entropy=bonus control=skywork control.target=0.2", "control.low=0.0, control.high=0.005: ", "coef=0.01; move the start"),
+        (
+            "control=pid control.target=1 divergence=reverse_kl",
+            "control=pid: entropy=none has no coef for it to move. Write entropy=bonus, ",
+            "divergence_control=pid for a divergence, threshold_control=pid for a clip threshold, or control=fixed.",
+        ),
+        (
+            "divergence_control=dual divergence_control.target=1 entropy=bonus",
+            "divergence_control=dual: divergence=none has no coef",
+            "Write divergence=reverse_kl, or divergence_control=fixed.",
+        ),
+        (
+            "threshold_control=dual_log threshold_control.target=1 objective=reinforce",
+            "threshold_control=dual_log: objective=reinforce has no clip_high",
+            "Write objective=clipped, or threshold_control=fixed.",
+        ),
+        (
+            "threshold_control=dual_log threshold_control.target=1",
+            "threshold_control=dual_log: with one optimiser step on each batch every ratio is 1",
+            "Write optimizer_steps_per_batch=2, or threshold_control=fixed.",
+        ),
+        (
+            "threshold_control=pid threshold_control.target=1 threshold_control.high=0.5 epochs_per_batch=2",
+            "threshold_control=pid: it may go down to objective.clip_high=0, which is refused. ",
+            "such as threshold_control.low, or choose another controller.",
+        ),
+        (
+            "threshold_control=schedule threshold_control.updates=[5] threshold_control.coefs=[-0.1] epochs_per_batch=2",
+            "threshold_control=schedule: it may go down to objective.clip_high=-0.1, which is refused. ",
+            "Write settings that keep it higher",
+        ),
+        (
+            "divergence=reverse_kl divergence_control=dual divergence_control.target=1 divergence_control.low=-1",
+            "divergence_control=dual: it may go down to divergence.coef=-1, which is refused. ",
+            "such as divergence_control.low",
+        ),
+        (
+            "entropy=bonus control=skywork control.target=0.2",
+            "entropy.coef=0.01: a start outside of control.low=0.0 and control.high=0.005; ",
+            "move the start or a bound.",
+        ),
+        (
+            "threshold_control=pid threshold_control.target=1 threshold_control.low=0.3 threshold_control.high=1 group_size=4"
+            " epochs_per_batch=2",
+            "objective.clip_high=0.2: a start outside of threshold_control.low=0.3 and threshold_control.high=1.0; ",
+            "move the start or a bound.",
+        ),
+        (
+            "divergence=reverse_kl divergence.coef=0 divergence_control=proportional divergence_control.target=1",
+            "divergence.coef=0.0: is where it starts, and it moves by factors; ",
+            "start above 0.",
+        ),
+        (
+            "divergence=reverse_kl divergence_control=proportional divergence_control.target=1 divergence_control.horizon=10",
+            "divergence_control.horizon=10.0: one step over 512 responses ",
+            "write more than 102.4, 10000 is usual.",
+        ),
+        (
+            "divergence=reverse_kl divergence_control=dual divergence_control.target=nan",
+            "divergence_control.target=nan: ",
+            "write a finite number.",
+        ),
+        (
+            "entropy=bonus control=pid control.target=1 control.low=0.02 control.high=0.01 entropy.coef=0.015",
+            "control.low=0.02, control.high=0.01: write finite bounds",
+            "the lower one first.",
+        ),
         ("advantage=gae", "critic=none: ", "Write critic=value_model."),
         ("critic=value_model", "critic=value_model: ", "Write advantage=gae, or critic=none."),
         ("objective=gspo aggregation=token_mean", "aggregation=token_mean: ", "Write aggregation=seq_mean_token_mean."),

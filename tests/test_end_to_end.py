@@ -147,7 +147,7 @@ def test_the_users_own_divergence_trains(tmp_path):
     (tmp_path / "my_run.py").write_text(blocks("python")[1])
     # Enough samples for the policy to move in the first step: until it has, every divergence is zero.
     size = ["num_steps=2", "prompts_per_step=8", "group_size=8"]
-    words = [sys.executable, "my_run.py", "divergence=my_forward_kl", *size, "evaluation=none", "run_dir=run"]
+    words = [sys.executable, "my_run.py", "divergence=le_cam", *size, "evaluation=none", "run_dir=run"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=540, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert steps(tmp_path / "run")[-1]["divergence/loss"] != 0

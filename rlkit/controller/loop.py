@@ -367,7 +367,8 @@ class Run:
             nucleus_entropy = self.learner.measure(part)["old_nucleus_entropy"]
         return Knobs(
             divergence_coef=progress.divergence_coef(self.config),
-            entropy_coef=progress.coefficients.entropy and progress.coefficients.entropy.coef,
+            entropy_coef=progress.coefficients.of("entropy", self.config),
+            clip_high=progress.coefficients.of("threshold", self.config),
             entropy_state=progress.entropy,
             entropy_measured=self.config.entropy.measure(nucleus_entropy=nucleus_entropy, response_mask=part.response_mask),
         )

@@ -9,8 +9,7 @@ from rlkit.config import RunConfig
 from rlkit.controller.evaluate import Evaluation
 from rlkit.core.aepo import TemperingState
 from rlkit.core.control import ControlState, Fixed
-from rlkit.core.divergences import Penalty
-from rlkit.core.entropy import EntropyState, NoEntropy
+from rlkit.core.entropy import EntropyState
 from rlkit.core.safe import NoSafeguard, SafeState
 from rlkit.errors import DataError
 from rlkit.metrics import Metric
@@ -19,44 +18,50 @@ from rlkit.types import TrainBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Coefficients:
-    """The loss terms' multipliers, moved by the controller once per optimiser step; None where the term is off."""
+    """The numbers of the loss that controllers move once per optimiser step, each its own; see `RunConfig.controlled`.
 
-    divergence: ControlState | None
-    entropy: ControlState | None
+    What is fixed is not in here: its setting holds, also where a resumed run was given another.
+    """
+
+    states: dict[str, ControlState]  # by term
 
     @classmethod
     def start(cls, config: RunConfig) -> Coefficients:
-        divergence, entropy = config.divergence, config.entropy
+        """Before the first optimiser step."""
         return cls(
-            divergence=config.control.initial(divergence.coef, sign=-1) if isinstance(divergence, Penalty) else None,
-            entropy=None if isinstance(entropy, NoEntropy) else config.control.initial(getattr(entropy, "coef", 1.0), sign=1),
+            states={
+                term: moved.control.initial(moved.start, sign=moved.sign)
+                for term, moved in config.controlled.items()
+                if moved.start is not None and not isinstance(moved.control, Fixed)
+            }
         )
 
-    def restored(self, stored: dict[str, Any]) -> Coefficients:
+    def of(self, term: str, config: RunConfig) -> float | None:
+        """The number for the next optimiser step; None where the term is off."""
+        state = self.states.get(term)
+        return config.controlled[term].start if state is None else state.coef
+
+    def restored(self, stored: dict[str, dict[str, float]]) -> Coefficients:
         """These, with every number as it was saved."""
-
-        def again(state: ControlState | None, values: dict[str, float] | None) -> ControlState | None:
-            return None if state is None or values is None else replace(state, **values)
-
-        return Coefficients(divergence=again(self.divergence, stored["divergence"]), entropy=again(self.entropy, stored["entropy"]))
+        return Coefficients(states={term: replace(state, **stored[term]) for term, state in self.states.items()})
 
     def metrics(self, config: RunConfig) -> dict[str, float]:
-        """What the controller did, under the name of the term whose coefficient it moves; nothing for one that stays."""
-        if isinstance(config.control, Fixed):
-            return {}
-        states = {"divergence": self.divergence, "entropy": self.entropy}
+        """What the controllers did."""
         return {
             f"ctrl/{term}/{name}": value
-            for term, state in states.items()
-            if state is not None
-            for name, value in config.control.metrics(state).items()
+            for term, state in self.states.items()
+            for name, value in config.controlled[term].control.metrics(state).items()
         }
 
     def update(self, config: RunConfig, metrics: dict[str, Metric], num_sequences: int) -> Coefficients:
-        def moved(state: ControlState | None, measured: str) -> ControlState | None:
-            return state and config.control.update(state, metrics[measured].value, num_sequences)
-
-        return Coefficients(divergence=moved(self.divergence, "kl/ref_token_mean"), entropy=moved(self.entropy, "entropy/mean"))
+        """After an optimiser step over num_sequences responses, which measured `metrics`."""
+        controlled = config.controlled
+        return Coefficients(
+            states={
+                term: controlled[term].control.update(state, metrics[controlled[term].measured].value, num_sequences)
+                for term, state in self.states.items()
+            }
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,8 +118,8 @@ class Progress:
 
     def divergence_coef(self, config: RunConfig) -> float | None:
         """What multiplies the divergence term now: its controller's coefficient and what the safeguard adds. None: no term."""
-        state = self.coefficients.divergence
-        return None if state is None else state.coef + config.safeguard.coef(self.safeguard)
+        coef = self.coefficients.of("divergence", config)
+        return None if coef is None else coef + config.safeguard.coef(self.safeguard)
 
     def metrics(self, config: RunConfig) -> dict[str, float]:
         """What strategies remember."""
@@ -135,7 +140,7 @@ class Progress:
             "fingerprint": fingerprint,
             "step": self.step,
             "prompts_drawn": self.prompts_drawn,
-            "coefficients": asdict(self.coefficients),
+            "coefficients": {term: asdict(state) for term, state in self.coefficients.states.items()},
             "entropy": asdict(self.entropy),
             "safeguard": asdict(self.safeguard),
             "tempering": asdict(self.tempering),

@@ -25,7 +25,7 @@ class EntropyState:
 
 @dataclass(kw_only=True, slots=True)
 class EntropyTerm(ABC):
-    """Base of the entropy terms."""
+    """Base of the entropy terms; each has a setting `coef`, which multiplies its loss."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
 

@@ -26,7 +26,7 @@ class Feedback(Control):
 
     def __post_init__(self):
         if not math.isfinite(self.target):
-            raise ConfigError(f"control.target={self.target}: nothing measured comes near it; write a finite number.")
+            raise ConfigError(f"target={self.target}: nothing measured comes near it; write a finite number.")
 
     def initial(self, coef: float, *, sign: int) -> FeedbackState:
         """The state before the first step."""
@@ -39,7 +39,8 @@ class Feedback(Control):
         if not math.isfinite(measured):
             return replace(state, num_nonfinite=state.num_nonfinite + 1)
         state = replace(state, measured=float(measured), num_updates=state.num_updates + 1)
-        return self.respond(state, num_sequences)
+        moved = self.respond(state, num_sequences)
+        return replace(moved, action=moved.coef - state.coef)
 
     @abstractmethod
     def respond(self, state: FeedbackState, num_sequences: int) -> FeedbackState:
@@ -52,7 +53,7 @@ class Feedback(Control):
     def metrics(self, state: ControlState) -> dict[str, float]:
         """As in the base class, with the target and, once something was measured, the measurement and its error."""
         assert isinstance(state, FeedbackState)
-        report = Control.metrics(self, state) | {"target": self.target}
+        report = Control.metrics(self, state) | {"setpoint": self.target}
         if state.num_updates:
             report |= {"measured": state.measured, "error": self.error(state)}
         return report
@@ -69,25 +70,22 @@ class Bounded(Feedback):
     def __post_init__(self):
         Feedback.__post_init__(self)
         if self.by_factors and not self.low > 0:
-            raise ConfigError(f"control.low={self.low}: the coefficient moves by factors, and 0 would hold it; write more than 0.")
+            raise ConfigError(f"low={self.low}: the coefficient moves by factors, and 0 would hold it; write more than 0.")
         if not -math.inf < self.low <= self.high < math.inf:
-            raise ConfigError(f"control.low={self.low}, control.high={self.high}: write finite bounds, the lower one first.")
+            raise ConfigError(f"low={self.low}, high={self.high}: write finite bounds, the lower one first.")
 
     def check(self, *, coef: float, num_sequences: int) -> None:
         """Raises ConfigError where the term starts outside the bounds."""
         if not self.low <= coef <= self.high:
-            raise ConfigError(
-                f"control.low={self.low}, control.high={self.high}: the term starts outside of these bounds, at coef={coef}; "
-                "move the start or a bound."
-            )
+            raise ConfigError(f"coef={coef}: a start outside of low={self.low} and high={self.high}; move the start or a bound.")
+
+    def lowest(self, coef: float) -> float:
+        """The lower bound."""
+        return self.low
 
     def saturated(self, state: ControlState) -> int:
         """-1 at the lower bound, 1 at the upper one, 0 between them."""
         return self._side(state.coef)
-
-    def metrics(self, state: ControlState) -> dict[str, float]:
-        """With the bound that the coefficient is at: -1, 1, or 0 for none."""
-        return Feedback.metrics(self, state) | {"saturated": self.saturated(state)}
 
     def _side(self, coef: float) -> int:
         return (coef >= self.high) - (coef <= self.low)
@@ -119,14 +117,18 @@ class Proportional(Feedback):
         _check_positive(self.target)
         for key in ("horizon", "max_error"):
             if not 0 < (value := getattr(self, key)) < math.inf:
-                raise ConfigError(f"control.{key}={value}: write a finite value above 0; horizon=10000, max_error=0.2 are usual.")
+                raise ConfigError(f"{key}={value}: write a finite value above 0; horizon=10000, max_error=0.2 are usual.")
 
     def check(self, *, coef: float, num_sequences: int) -> None:
         """Raises ConfigError where the coefficient is 0, or one step could take it to 0 or below."""
         Control.check(self, coef=coef, num_sequences=num_sequences)
         if not coef > 0:
-            raise ConfigError(f"control: the term starts at coef={coef}, and a multiple of that is no more; start it above 0.")
+            raise ConfigError(f"coef={coef}: is where it starts, and it moves by factors; start above 0.")
         self._check_step(num_sequences)
+
+    def lowest(self, coef: float) -> float:
+        """Above 0, however little."""
+        return math.ulp(0.0)
 
     def respond(self, state: FeedbackState, num_sequences: int) -> FeedbackState:
         """Raises ConfigError as `check` does."""
@@ -140,7 +142,7 @@ class Proportional(Feedback):
     def _check_step(self, num_sequences: int) -> None:
         if not self.max_error * num_sequences < self.horizon:
             raise ConfigError(
-                f"control.horizon={self.horizon}: one step over {num_sequences} responses could take the coefficient to 0 or "
+                f"horizon={self.horizon}: one step over {num_sequences} responses could take the coefficient to 0 or "
                 f"below, for good; write more than {self.max_error * num_sequences:g}, 10000 is usual."
             )
 
@@ -162,7 +164,7 @@ class Doubling(Bounded):
         Bounded.__post_init__(self)
         _check_positive(self.target)
         if not self.tolerance >= 1:
-            raise ConfigError(f"control.tolerance={self.tolerance}: is a factor around the target, write 1 or more; 1.5 is usual.")
+            raise ConfigError(f"tolerance={self.tolerance}: is a factor around the target, write 1 or more; 1.5 is usual.")
 
     def respond(self, state: FeedbackState, num_sequences: int) -> FeedbackState:
         """num_sequences does not matter."""
@@ -197,12 +199,16 @@ class Skywork(Bounded):
     def __post_init__(self):
         Bounded.__post_init__(self)
         if not self.step >= 0:
-            raise ConfigError(f"control.step={self.step}: write 0 or more; 0.0001 is usual.")
+            raise ConfigError(f"step={self.step}: write 0 or more; 0.0001 is usual.")
 
     def initial(self, coef: float, *, sign: int) -> SkyworkState:
         """Switched on."""
         assert sign in (-1, 1), sign
         return SkyworkState(coef=coef, sign=sign, held=coef)
+
+    def lowest(self, coef: float) -> float:
+        """0 while it is off, or the lower bound below that."""
+        return min(self.low, 0.0)
 
     def respond(self, state: FeedbackState, num_sequences: int) -> SkyworkState:
         """num_sequences does not matter."""
@@ -222,6 +228,63 @@ class Skywork(Bounded):
         return self._side(state.held)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SmoothedState(FeedbackState):
+    """The memory of a running mean."""
+
+    smoothed: float = 0.0  # of what was measured
+
+
+@dataclass(kw_only=True, slots=True)
+class Smoothed(Bounded):
+    """Base of the controllers that act on a running mean of the measurement, and only watch at first.
+
+        y = smoothing * y + (1 - smoothing) * measured                         the first measurement as it is
+
+    While warmup_updates last, y is followed and nothing else changes.
+    """
+
+    smoothing: float = 0.0  # of the measurement: share of the old value; 0: none
+    warmup_updates: int = 0  # first updates that leave the coefficient alone
+
+    def __post_init__(self):
+        Bounded.__post_init__(self)
+        _check_share("smoothing", self.smoothing)
+        if self.warmup_updates < 0:
+            raise ConfigError(f"warmup_updates={self.warmup_updates}: write a number of updates, or 0 for none.")
+
+    def initial(self, coef: float, *, sign: int) -> SmoothedState:
+        """Nothing measured yet."""
+        assert sign in (-1, 1), sign
+        return SmoothedState(coef=coef, sign=sign)
+
+    def respond(self, state: FeedbackState, num_sequences: int) -> SmoothedState:
+        """num_sequences does not matter: one update is the unit of time."""
+        assert isinstance(state, SmoothedState)
+        state = self.follow(state)
+        return state if state.num_updates <= self.warmup_updates else self.move(state)
+
+    def follow(self, state: SmoothedState) -> SmoothedState:
+        """The state with this update's running mean."""
+        if state.num_updates == 1:
+            return replace(state, smoothed=state.measured)
+        return replace(state, smoothed=self.smoothing * state.smoothed + (1 - self.smoothing) * state.measured)
+
+    @abstractmethod
+    def move(self, state: SmoothedState) -> SmoothedState:
+        """The state with the next coefficient; the running mean is this update's already."""
+
+    def error(self, state: FeedbackState) -> float:
+        """Of the running mean."""
+        assert isinstance(state, SmoothedState)
+        return state.sign * (self.target - state.smoothed)
+
+    def metrics(self, state: ControlState) -> dict[str, float]:
+        """With the running mean."""
+        assert isinstance(state, SmoothedState)
+        return Bounded.metrics(self, state) | ({"measured_ema": state.smoothed} if state.num_updates else {})
+
+
 class AntiWindup(Enum):
     """What keeps the integral from growing while the coefficient is at a bound; see `PID`."""
 
@@ -230,18 +293,17 @@ class AntiWindup(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PIDState(FeedbackState):
+class PIDState(SmoothedState):
     """The memory of a PID controller."""
 
     start: float  # the term's own coefficient, which the three parts are added to
-    smoothed: float = 0.0  # of what was measured
     slope: float = 0.0  # of the smoothed measurement, smoothed and turned so that it acts with its sign
     integral: float = 0.0  # sum of the errors
     saturated: int = 0  # -1 or 1 where the sum of the parts is beyond a bound
 
 
 @dataclass(kw_only=True, slots=True)
-class PID(Bounded):
+class PID(Smoothed):
     """Adds to the coefficient in proportion to the error, to its sum so far and to the measurement's fall.
 
         y    = smoothing * y + (1 - smoothing) * measured                         the first measurement as it is
@@ -271,61 +333,61 @@ class PID(Bounded):
     tracking_updates: float = 4.0  # over which back_calculation takes back what was cut off
 
     def __post_init__(self):
-        Bounded.__post_init__(self)
+        Smoothed.__post_init__(self)
         for key in ("kp", "ki", "kd"):
             if not 0 <= (gain := getattr(self, key)) < math.inf:
-                raise ConfigError(
-                    f"control.{key}={gain}: a gain is finite, 0 or more; the term itself says which way its coefficient acts."
-                )
-        for key in ("smoothing", "slope_smoothing"):
-            if not 0 <= (share := getattr(self, key)) < 1:
-                raise ConfigError(f"control.{key}={share}: is the share of the old value; write a value in [0, 1), 0.5 is usual.")
+                raise ConfigError(f"{key}={gain}: a gain is finite, 0 or more; the term says which way its coefficient acts.")
+        _check_share("slope_smoothing", self.slope_smoothing)
         for key in ("max_error", "tracking_updates"):
             if not (value := getattr(self, key)) > 0:
-                raise ConfigError(f"control.{key}={value}: write a value above 0.")
+                raise ConfigError(f"{key}={value}: write a value above 0.")
         if not 0 < self._scale < math.inf:
-            raise ConfigError(f"control.scale: the error would be divided by {self._scale}; write a finite value above 0.")
-        if self.warmup_updates < 0:
-            raise ConfigError(f"control.warmup_updates={self.warmup_updates}: write a number of updates, or 0 for none.")
+            written = "null" if self.scale is None else self.scale
+            raise ConfigError(f"scale={written}: the error would be divided by {self._scale}; write a finite value above 0.")
 
     def initial(self, coef: float, *, sign: int) -> PIDState:
         """Without an error so far."""
         assert sign in (-1, 1), sign
         return PIDState(coef=coef, sign=sign, start=coef)
 
-    def respond(self, state: FeedbackState, num_sequences: int) -> PIDState:
-        """num_sequences does not matter: one update is the unit of time."""
+    def follow(self, state: SmoothedState) -> PIDState:
+        """The state with this update's smoothed measurement and slope."""
         assert isinstance(state, PIDState)
-        state = self._follow(state)
-        if state.num_updates <= self.warmup_updates:
+        last, state = state.smoothed, Smoothed.follow(self, state)
+        assert isinstance(state, PIDState)
+        if state.num_updates == 1:
             return state
+        fall = -state.sign * (state.smoothed - last) / self._scale
+        return replace(state, slope=self.slope_smoothing * state.slope + (1 - self.slope_smoothing) * fall)
+
+    def move(self, state: SmoothedState) -> PIDState:
+        """The state with the sum of the three parts, within its bounds."""
+        assert isinstance(state, PIDState)
         error, (low, high) = self.error(state), self._reach(state.start)
         integral = _clip(state.integral + error, low / self.ki, high / self.ki) if self.ki > 0 else 0.0
-        action = self._action(state, integral)
-        pushes_beyond = (action > high and error > 0) or (action < low and error < 0)
+        offset = self._offset(state, integral)
+        pushes_beyond = (offset > high and error > 0) or (offset < low and error < 0)
         if self.anti_windup is AntiWindup.conditional and pushes_beyond:
             integral = state.integral
-            action = self._action(state, integral)
-        saturated = (action > high) - (action < low)
-        coef = self._added(state.start, action)
+            offset = self._offset(state, integral)
+        saturated = (offset > high) - (offset < low)
+        coef = self._added(state.start, offset)
         if self.anti_windup is AntiWindup.back_calculation and saturated and self.ki > 0:
-            cut_off = action - (high if saturated > 0 else low)
+            cut_off = offset - (high if saturated > 0 else low)
             untracked = state.integral + error - cut_off / (self.ki * self.tracking_updates)
             integral = _clip(untracked, low / self.ki, high / self.ki)
         return replace(state, coef=coef, integral=integral, saturated=saturated)
 
     def error(self, state: FeedbackState) -> float:
         """Of the smoothed measurement, in units of the scale, within its bound."""
-        assert isinstance(state, PIDState)
-        return _clip(state.sign * (self.target - state.smoothed) / self._scale, -self.max_error, self.max_error)
+        return _clip(Smoothed.error(self, state) / self._scale, -self.max_error, self.max_error)
 
     def metrics(self, state: ControlState) -> dict[str, float]:
-        """With the smoothed measurement, the three parts and the integral."""
+        """With the three parts and the integral."""
         assert isinstance(state, PIDState)
-        report = Bounded.metrics(self, state)
+        report = Smoothed.metrics(self, state)
         if state.num_updates:
-            report |= {"measured_ema": state.smoothed, "p": self.kp * self.error(state)}
-            report |= {"i": self.ki * state.integral, "d": self.kd * state.slope}
+            report |= {"p": self.kp * self.error(state), "i": self.ki * state.integral, "d": self.kd * state.slope}
         return report | {"integral": state.integral}
 
     def saturated(self, state: ControlState) -> int:
@@ -337,21 +399,12 @@ class PID(Bounded):
     def _scale(self) -> float:
         return abs(self.target) if self.scale is None else self.scale
 
-    def _follow(self, state: PIDState) -> PIDState:
-        """The state with this update's smoothed measurement and slope."""
-        if state.num_updates == 1:
-            return replace(state, smoothed=state.measured)
-        smoothed = self.smoothing * state.smoothed + (1 - self.smoothing) * state.measured
-        fall = -state.sign * (smoothed - state.smoothed) / self._scale
-        slope = self.slope_smoothing * state.slope + (1 - self.slope_smoothing) * fall
-        return replace(state, smoothed=smoothed, slope=slope)
-
-    def _action(self, state: PIDState, integral: float) -> float:
+    def _offset(self, state: PIDState, integral: float) -> float:
         """The sum of the parts: how far from start the coefficient is to be, in its logarithm for `by_factors`."""
         return self.kp * self.error(state) + self.ki * integral + self.kd * state.slope
 
     def _reach(self, start: float) -> tuple[float, float]:
-        """The actions that lead to the bounds."""
+        """The offsets that lead to the bounds."""
         if self.by_factors:
             return math.log(self.low / start), math.log(self.high / start)
         return self.low - start, self.high - start
@@ -376,10 +429,10 @@ class LogPID(PID):
 
 
 @dataclass(kw_only=True, slots=True)
-class DualAscent(Bounded):
+class DualAscent(Smoothed):
     """Gradient ascent on the multiplier of a constraint whose budget is the target.
 
-        coef <- clip(coef + learning_rate * sign * (target - measured), low, high)
+        coef <- clip(coef + learning_rate * sign * (target - y), low, high),  y the measurement, or its running mean with smoothing
 
     The multiplier grows while the constraint is violated and falls to low once it is slack: for a penalty the budget is an
     upper bound on what is measured, for a bonus a lower one. With the entropy of the first step as the target it is the rule in
@@ -389,12 +442,12 @@ class DualAscent(Bounded):
     learning_rate: float = 1e-3  # per unit of violation
 
     def __post_init__(self):
-        Bounded.__post_init__(self)
+        Smoothed.__post_init__(self)
         if not 0 <= self.learning_rate < math.inf:
-            raise ConfigError(f"control.learning_rate={self.learning_rate}: write a finite value, 0 or more; 0.001 is usual.")
+            raise ConfigError(f"learning_rate={self.learning_rate}: write a finite value, 0 or more; 0.001 is usual.")
 
-    def respond(self, state: FeedbackState, num_sequences: int) -> FeedbackState:
-        """num_sequences does not matter."""
+    def move(self, state: SmoothedState) -> SmoothedState:
+        """The state with the multiplier one step further."""
         return replace(state, coef=self._added(state.coef, self.learning_rate * self.error(state)))
 
 
@@ -402,7 +455,7 @@ class DualAscent(Bounded):
 class LogDualAscent(DualAscent):
     """Dual ascent on the multiplier's logarithm, which keeps it positive.
 
-        coef <- clip(coef * exp(learning_rate * sign * (target - measured)), low, high)
+        coef <- clip(coef * exp(learning_rate * sign * (target - y)), low, high)
 
     Source: the temperature's update in arXiv:1812.05905 sec. 5, as its public implementations write it, with plain gradient
     steps in Adam's place.
@@ -413,9 +466,14 @@ class LogDualAscent(DualAscent):
     low: float = 1e-6  # lower bound on the multiplier
 
 
+def _check_share(key: str, share: float) -> None:
+    if not 0 <= share < 1:
+        raise ConfigError(f"{key}={share}: is the share of the old value; write a value in [0, 1), 0.5 is usual.")
+
+
 def _check_positive(target: float) -> None:
     if not 0 < target < math.inf:
-        raise ConfigError(f"control.target={target}: the measurement is divided by it; write a finite value above 0.")
+        raise ConfigError(f"target={target}: the measurement is divided by it; write a finite value above 0.")
 
 
 def _clip(x: float, low: float, high: float) -> float:

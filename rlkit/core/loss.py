@@ -1,6 +1,6 @@
 """The fixed chain from one microbatch's log-probabilities to its named loss terms."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Knobs:
 
     divergence_coef: float | None = None  # None: no such term
     entropy_coef: float | None = None
+    clip_high: float | None = None  # the objective's upper threshold; None: its own setting, or it has none
     entropy_state: EntropyState | None = None  # of the batch of rollouts; None: the term remembers nothing
     entropy_measured: float | None = None  # what the entropy term's `measure` said of the step
 
@@ -125,9 +126,10 @@ class Strategy:
 
         All tensors [B, T]; rewards and divergence_weight, which multiplies the divergence of whole responses, [B].
 
-        A choice of `none` builds no term; its coefficient is None. The others' coefficients come from their controllers. The
-        correction's weight multiplies the policy term only, and only that term loses the tokens it rejects: divergence and
-        entropy stay on the whole response_mask. behaviour_logprobs, of the policy that sampled, are old_logprobs unless
+        A choice of `none` builds no term; its coefficient is None. The others' coefficients come from their controllers, and so
+        does the threshold in the place of the objective's own. The correction's weight multiplies the policy term only, and only
+        that term loses the tokens it rejects: divergence and entropy stay on the whole response_mask. behaviour_logprobs, of the
+        policy that sampled, are old_logprobs unless
         given: pass rollout_logprobs for a stale or replayed batch. weights are the correction's where it was asked about the
         whole optimiser step, which it must be if it is a `whole_batch` one, times a token weight that was asked about it too;
         so are the selector's chosen tokens. blend brings a second advantage, tempered_mask the
@@ -135,9 +137,10 @@ class Strategy:
         for a selector that chooses within the microbatch.
         """
         tokens = {"logprobs": logprobs, "old_logprobs": old_logprobs, "response_mask": response_mask}
-        surrogate = self.objective(advantages=advantages, **tokens)
+        objective = self.objective if knobs.clip_high is None else replace(self.objective, clip_high=knobs.clip_high)
+        surrogate = objective(advantages=advantages, **tokens)
         if blend is not None:
-            surrogate = blend(surrogate, self.objective(advantages=blend.advantages, **tokens))
+            surrogate = blend(surrogate, objective(advantages=blend.advantages, **tokens))
         surrogate = self.selector(surrogate, advantages=advantages, chosen=chosen, generator=generator, **tokens)
         if weights is None:
             weights = self.correction(old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs, response_mask=response_mask)

@@ -168,7 +168,12 @@ REMEMBERING = {  # what a strategy remembers -> a run with it
     "which way the entropy is": ["tempering=aepo", "tempering.target=0.9"],
     "how far it is in the data": ["prompt_filter=dynamic", "prompt_filter.max_batches=0"],
     "errors": ["entropy=bonus", "entropy.coef=0.0", "control=pid", "control.target=0.8"],
-    "a multiplier": ["control=dual_log", "control.target=0.01", *KL],
+    "a multiplier": ["divergence_control=dual_log", "divergence_control.target=0.01", *KL],
+    "three controllers": [
+        *("entropy=bonus", "control=pid", "control.target=0.8", "control.warmup_updates=0"),
+        *("divergence_control=dual_log", "divergence_control.target=0.01", "divergence_control.smoothing=0.9", *KL),
+        *("threshold_control=pid_log", "threshold_control.target=0.8", "threshold_control.warmup_updates=0"),
+    ],
 }
 
 
@@ -365,11 +370,15 @@ def test_a_worker_that_dies_is_named_with_the_way_to_go_on(monkeypatch):
         ("group_size=2", "group_size: a run that is resumed keeps its group_size"),
         ("optimizer=sgd", "optimizer: a run that is resumed keeps its optimiser"),
         ("learner=lora", "learner.lora_rank: a run that is resumed keeps its adapters"),
+        (
+            "divergence_control=doubling divergence_control.target=0.1",
+            "divergence_control: a run that is resumed keeps its controller",
+        ),
     ],
 )
 def test_what_a_resumed_run_keeps(override, message, cut_after_six, folder, capsys):
     shutil.copytree(cut_after_six, folder / "run")
-    assert cli.guard(lambda: cli.dispatch(["train", "resume=run", override])) == 2
+    assert cli.guard(lambda: cli.dispatch(["train", "resume=run", *override.split()])) == 2
     assert message in capsys.readouterr().err
 
 

@@ -27,7 +27,8 @@ def test_a_fixed_coefficient_stays_where_it_was_set_whatever_is_measured():
         state = control.update(state, measured=measured, num_sequences=8)
         assert state.coef == 0.3
     assert state == control.initial(0.3, sign=1)
-    assert control.metrics(state) == {"coef": 0.3, "nonfinite": 0}
+    assert control.metrics(state) == {"coef": 0.3, "action": 0.0, "saturated": 0, "nonfinite": 0}
+    assert control.lowest(0.3) == 0.3
 
 
 def test_the_state_survives_json_bit_for_bit():
@@ -42,9 +43,14 @@ def test_a_linear_schedule_goes_straight_from_the_terms_own_coefficient_through_
     assert follow(control, 0.0, 10) == [0.0, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0]
 
 
-def test_a_constant_schedule_jumps_at_its_points():
-    control = Schedule(updates=[2, 5], coefs=[0.1, 0.0], shape=Shape.constant)
-    assert follow(control, 0.3, 6) == [0.3, 0.3, 0.1, 0.1, 0.1, 0.0, 0.0]
+def test_a_constant_schedule_jumps_at_its_points_and_says_by_how_much():
+    control = Schedule(updates=[2, 5], coefs=[0.5, 0.0], shape=Shape.constant)
+    assert follow(control, 0.25, 6) == [0.25, 0.25, 0.5, 0.5, 0.5, 0.0, 0.0]
+    state, actions = control.initial(0.25, sign=1), []
+    for _ in range(6):
+        state = control.update(state, NAN, 8)
+        actions.append(control.metrics(state)["action"])
+    assert actions == [0.0, 0.25, 0.0, 0.0, -0.5, 0.0]
 
 
 def test_a_cosine_schedule_is_half_a_wave_between_two_points():
@@ -62,6 +68,7 @@ def test_every_schedule_meets_its_points_exactly_and_never_leaves_the_range_betw
     for (begin, left), (end, right) in zip([(0, 0.3), *points.items()], points.items(), strict=False):
         assert all(min(left, right) <= coef <= max(left, right) for coef in coefs[begin : end + 1])
     assert coefs[20:] == [1e-3] * 6
+    assert min(coefs) == Schedule(updates=list(points), coefs=list(points.values()), shape=shape).lowest(0.3) == 1e-3
 
 
 def test_a_schedule_resumed_anywhere_goes_on_as_if_uninterrupted():
@@ -77,11 +84,11 @@ def test_a_schedule_resumed_anywhere_goes_on_as_if_uninterrupted():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"updates": [], "coefs": []}, r"control.updates=\[\]: has 0 points"),
-        ({"updates": [1, 2], "coefs": [0.1]}, r"has 2 points where control.coefs=\[0.1\] has 1; write as many of each"),
-        ({"updates": [5, 5], "coefs": [0.1, 0.2]}, r"control.updates=\[5, 5\]: write whole numbers that ascend from 1"),
-        ({"updates": [0, 5], "coefs": [0.1, 0.2]}, r"control.updates=\[0, 5\]: write whole numbers that ascend from 1"),
-        ({"updates": [5], "coefs": [INF]}, r"control.coefs=\[inf\]: .* not finite; write numbers"),
+        ({"updates": [], "coefs": []}, r"updates=\[\]: has 0 points"),
+        ({"updates": [1, 2], "coefs": [0.1]}, r"has 2 points where coefs=\[0.1\] has 1; write as many of each"),
+        ({"updates": [5, 5], "coefs": [0.1, 0.2]}, r"updates=\[5, 5\]: write whole numbers that ascend from 1"),
+        ({"updates": [0, 5], "coefs": [0.1, 0.2]}, r"updates=\[0, 5\]: write whole numbers that ascend from 1"),
+        ({"updates": [5], "coefs": [INF]}, r"coefs=\[inf\]: .* not finite; write numbers"),
     ],
 )
 def test_a_schedule_that_makes_no_sense_says_what_to_write(settings, message):
@@ -92,5 +99,5 @@ def test_a_schedule_that_makes_no_sense_says_what_to_write(settings, message):
 def test_a_term_cannot_start_at_a_coefficient_that_is_not_finite():
     Fixed().check(coef=0.3, num_sequences=8)
     for coef in (NAN, INF):
-        with pytest.raises(ConfigError, match=f"starts at coef={coef}; write a finite number"):
+        with pytest.raises(ConfigError, match=f"^coef={coef}: .* write a finite number"):
             Fixed().check(coef=coef, num_sequences=8)

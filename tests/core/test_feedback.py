@@ -66,21 +66,36 @@ def test_proportional_gives_the_worked_numbers():
     assert coefs(states)[1] == coefs(states)[0]
     assert control.metrics(states[2]) == {
         "coef": states[2].coef,
+        "action": states[2].coef - states[1].coef,
+        "saturated": 0,
         "nonfinite": 0,
-        "target": 6.0,
+        "setpoint": 6.0,
         "measured": 3.0,
         "error": -0.2,
     }
 
 
+@pytest.mark.parametrize(
+    ("start", "measured", "target", "num_sequences", "expected"),
+    [
+        (0.2, 7.2, 6.0, 256, 0.201024),  # the error, .2, is just at its bound
+        (0.2, 6.3, 6.0, 256, 0.200256),  # .05
+        (0.001, 0.05, 0.1, 1024, 0.00097952),  # -.5, clipped to -.2; a target per token
+    ],
+)
+def test_proportional_gives_the_same_for_targets_of_a_response_and_of_a_token(start, measured, target, num_sequences, expected):
+    (state,) = walk(Proportional(target=target), [measured], start=start, sign=-1, num_sequences=num_sequences)
+    assert state.coef == pytest.approx(expected, rel=1e-12)
+
+
 def test_proportional_refuses_a_step_that_could_end_the_coefficient_for_good():
     control = Proportional(target=6.0, horizon=1000.0)
     control.check(coef=0.2, num_sequences=4999)  # 0.2 * 4999 < 1000
-    with pytest.raises(ConfigError, match=r"control.horizon=1000.0: one step over 5000 responses .* write more than 1000"):
+    with pytest.raises(ConfigError, match=r"horizon=1000.0: one step over 5000 responses .* write more than 1000"):
         control.check(coef=0.2, num_sequences=5000)
     with pytest.raises(ConfigError, match="one step over 5000 responses"):
         control.update(control.initial(0.2, sign=-1), 0.0, 5000)
-    with pytest.raises(ConfigError, match=r"starts at coef=0.0, and a multiple of that is no more; start it above 0"):
+    with pytest.raises(ConfigError, match=r"^coef=0.0: is where it starts, and it moves by factors; start above 0"):
         control.check(coef=0.0, num_sequences=1)
     assert min(coefs(walk(control, [0.0] * 40, start=0.2, sign=-1, num_sequences=4999))) > 0
 
@@ -120,8 +135,9 @@ def test_pid_gives_the_worked_numbers_for_entropy():
     assert report == pytest.approx(
         {
             "coef": 0.0135,
+            "action": 0.01,
             "nonfinite": 0,
-            "target": 0.5,
+            "setpoint": 0.5,
             "measured": 0.1,
             "measured_ema": 0.1,
             "error": 0.4,
@@ -252,6 +268,20 @@ def test_log_dual_ascent_multiplies_by_the_violations_exponential():
     assert coefs(states)[3:] == [1.0, 1e-6]
 
 
+def test_dual_ascent_on_a_running_mean_watches_first():
+    control = LogDualAscent(target=0.05, learning_rate=0.01, high=10.0, smoothing=0.9, warmup_updates=2)
+    states = walk(control, [0.05, 0.25, 0.45, 0.05], start=0.2, sign=-1)
+    # Means .05, .07, .9 * .07 + .045 = .108, .1022: the first two are only followed.
+    assert [state.smoothed for state in states] == pytest.approx([0.05, 0.07, 0.108, 0.1022])
+    assert coefs(states)[:2] == [0.2, 0.2]
+    assert coefs(states)[2:] == pytest.approx([0.2 * math.exp(0.00058), 0.2 * math.exp(0.00058 + 0.000522)], rel=1e-12)
+    report = control.metrics(states[3])
+    assert report["measured"] == 0.05
+    assert report["measured_ema"] == pytest.approx(0.1022)
+    assert report["error"] == pytest.approx(0.0522)  # of the mean: above 0, the penalty is too small
+    assert report["action"] == coefs(states)[3] - coefs(states)[2] > 0
+
+
 def test_dual_ascent_finds_the_multiplier_of_a_constrained_optimum():
     # Maximise x - x^2 / 2 with x <= 1/4: the optimum under the penalty coef * x is x = 1 - coef, and the multiplier is 3/4.
     for control in (DualAscent(target=0.25, learning_rate=0.2), LogDualAscent(target=0.25, learning_rate=0.5)):
@@ -259,6 +289,16 @@ def test_dual_ascent_finds_the_multiplier_of_a_constrained_optimum():
         for _ in range(200):
             state = control.update(state, 1.0 - state.coef, 1)
         assert state.coef == pytest.approx(0.75, abs=1e-9)
+
+
+@every_control
+def test_the_action_is_how_far_the_last_update_moved_the_coefficient(control, start, sign):
+    states = walk(control, noise(4, 30), start=start, sign=sign)
+    before = [start, *coefs(states)[:-1]]
+    reports = [control.metrics(state) for state in states]
+    assert [report["action"] for report in reports] == [now - then for now, then in zip(coefs(states), before, strict=True)]
+    assert any(report["action"] for report in reports)
+    assert {"coef", "setpoint", "measured", "error", "action", "saturated", "nonfinite"} <= reports[0].keys()
 
 
 @pytest.mark.parametrize("direction", [1, -1])
@@ -303,6 +343,17 @@ def test_a_coefficient_never_leaves_its_bounds(name):
     for seed in range(200):
         states = walk(control, noise(seed, 40, scale=10.0 ** (seed % 5 - 1)), start=start, sign=sign)
         assert all(control.low <= state.coef <= control.high for state in states)
+        assert all(control.lowest(start) <= state.coef for state in states)
+
+
+def test_the_lowest_coefficient_is_what_the_controller_comes_down_to():
+    """0 for one that switches off, whatever its bounds; above 0, without a bound, for one that multiplies."""
+    assert PID(target=0.3, low=0.25, high=0.5).lowest(0.3) == 0.25
+    skywork = Skywork(target=0.3, low=0.001)
+    (off,) = walk(skywork, [0.9], start=0.002, sign=1)
+    assert off.coef == skywork.lowest(0.002) == 0.0
+    proportional = Proportional(target=0.1, horizon=13.0)  # by a factor of almost 0 in every step
+    assert 0 < proportional.lowest(0.05) < walk(proportional, [0.0] * 20, start=0.05, sign=-1)[-1].coef < 1e-30
 
 
 def lagging_entropy(control, *, start, num_steps):
@@ -339,21 +390,23 @@ def test_log_pid_holds_a_kl_at_its_budget_while_the_policy_is_pushed_away():
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (PID, {"target": NAN}, "control.target=nan: .* write a finite number"),
-        (PID, {"kp": -0.1}, "control.kp=-0.1: a gain is finite, 0 or more"),
-        (PID, {"smoothing": 1.0}, r"control.smoothing=1.0: is the share of the old value; write a value in \[0, 1\)"),
-        (PID, {"max_error": 0.0}, "control.max_error=0.0: write a value above 0"),
-        (PID, {"target": 0.0, "scale": None}, "control.scale: the error would be divided by 0.0; write a finite value above 0"),
-        (PID, {"warmup_updates": -1}, "control.warmup_updates=-1: write a number of updates, or 0"),
-        (PID, {"low": 0.1}, "control.low=0.1, control.high=0.02: write finite bounds, the lower one first"),
-        (LogPID, {"low": 0.0}, "control.low=0.0: the coefficient moves by factors, and 0 would hold it; write more than 0"),
-        (LogDualAscent, {"low": 0.0}, "control.low=0.0: the coefficient moves by factors"),
-        (DualAscent, {"learning_rate": -1.0}, "control.learning_rate=-1.0: write a finite value, 0 or more"),
-        (Skywork, {"step": -1.0}, "control.step=-1.0: write 0 or more"),
-        (Proportional, {"target": 0.0}, "control.target=0.0: the measurement is divided by it; write a finite value above 0"),
-        (Proportional, {"horizon": 0.0}, "control.horizon=0.0: write a finite value above 0"),
-        (Doubling, {"target": -1.0}, "control.target=-1.0: the measurement is divided by it"),
-        (Doubling, {"tolerance": 0.5}, "control.tolerance=0.5: is a factor around the target, write 1 or more"),
+        (PID, {"target": NAN}, "target=nan: .* write a finite number"),
+        (PID, {"kp": -0.1}, "kp=-0.1: a gain is finite, 0 or more"),
+        (PID, {"smoothing": 1.0}, r"smoothing=1.0: is the share of the old value; write a value in \[0, 1\)"),
+        (PID, {"max_error": 0.0}, "max_error=0.0: write a value above 0"),
+        (PID, {"target": 0.0, "scale": None}, "scale=null: the error would be divided by 0.0; write a finite value above 0"),
+        (PID, {"warmup_updates": -1}, "warmup_updates=-1: write a number of updates, or 0"),
+        (PID, {"low": 0.1}, "low=0.1, high=0.02: write finite bounds, the lower one first"),
+        (LogPID, {"low": 0.0}, "low=0.0: the coefficient moves by factors, and 0 would hold it; write more than 0"),
+        (LogDualAscent, {"low": 0.0}, "low=0.0: the coefficient moves by factors"),
+        (DualAscent, {"smoothing": -0.1}, r"smoothing=-0.1: is the share of the old value; write a value in \[0, 1\)"),
+        (LogDualAscent, {"warmup_updates": -2}, "warmup_updates=-2: write a number of updates, or 0"),
+        (DualAscent, {"learning_rate": -1.0}, "learning_rate=-1.0: write a finite value, 0 or more"),
+        (Skywork, {"step": -1.0}, "step=-1.0: write 0 or more"),
+        (Proportional, {"target": 0.0}, "target=0.0: the measurement is divided by it; write a finite value above 0"),
+        (Proportional, {"horizon": 0.0}, "horizon=0.0: write a finite value above 0"),
+        (Doubling, {"target": -1.0}, "target=-1.0: the measurement is divided by it"),
+        (Doubling, {"tolerance": 0.5}, "tolerance=0.5: is a factor around the target, write 1 or more"),
     ],
 )
 def test_settings_that_make_no_sense_say_what_to_write(kind, settings, message):
@@ -365,5 +418,5 @@ def test_settings_that_make_no_sense_say_what_to_write(kind, settings, message):
 def test_a_term_that_starts_outside_the_bounds_is_refused(kind):
     control = kind(target=0.1)
     control.check(coef=control.high, num_sequences=64)
-    with pytest.raises(ConfigError, match=r"the term starts outside of these bounds, at coef=200.0; move the start or a bound"):
+    with pytest.raises(ConfigError, match=r"^coef=200.0: a start outside of low=.* and high=.*; move the start or a bound"):
         control.check(coef=200.0, num_sequences=64)

@@ -8,7 +8,7 @@ from rlkit.core.copo import Blend
 from rlkit.core.divergences import Estimator, NoDivergence, ReverseKL
 from rlkit.core.entropy import EntropyBonus, NoEntropy
 from rlkit.core.loss import Knobs, Strategy
-from rlkit.core.objectives import CISPO, ClippedSurrogate, Surrogate
+from rlkit.core.objectives import CISPO, GMPO, GSPO, ClippedSurrogate, Surrogate
 from rlkit.core.ratios import Bypass, Correction, NoCorrection, Weights
 from rlkit.core.reduce import Aggregation, Denominators, reduce
 from rlkit.core.selectors import NoSelector, Scope, Selector
@@ -60,7 +60,7 @@ PLAIN = Strategy(
 FULL = replace(PLAIN, correction=Truncated(), divergence=ReverseKL(estimator=Estimator.k2), entropy=EntropyBonus())
 
 
-def build(strategy, batch, *, rows=slice(None), divergence_coef=None, entropy_coef=None, **override):
+def build(strategy, batch, *, rows=slice(None), divergence_coef=None, entropy_coef=None, clip_high=None, **override):
     fields = {
         "logprobs": batch.logprobs,
         "old_logprobs": batch.old_logprobs,
@@ -73,7 +73,7 @@ def build(strategy, batch, *, rows=slice(None), divergence_coef=None, entropy_co
     if not isinstance(strategy.entropy, NoEntropy):
         fields["entropy"] = batch.entropy
     fields = {name: x[rows] for name, x in (fields | override).items()}
-    return strategy.terms(**fields, knobs=Knobs(divergence_coef=divergence_coef, entropy_coef=entropy_coef))
+    return strategy.terms(**fields, knobs=Knobs(divergence_coef=divergence_coef, entropy_coef=entropy_coef, clip_high=clip_high))
 
 
 def denominators_of(term):
@@ -137,6 +137,28 @@ def test_bypass_compares_with_the_engine_and_weighs_nothing(f1):
     for objective, expected in ((ClippedSurrogate(), -0.029168), (CISPO(clip_high=1.0), 0.056905)):
         (policy,) = build(replace(PLAIN, objective=objective, correction=Bypass()), f1, **of_engine).terms
         assert value_of(policy).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", [ClippedSurrogate(), GSPO(clip_low=0.2, clip_high=0.4), GMPO(), CISPO(clip_high=0.9)])
+def test_a_threshold_from_a_controller_takes_the_place_of_the_objectives_own(f1, objective):
+    strategy = replace(PLAIN, objective=objective)
+    good = {"advantages": f1.advantages.abs()}  # an upper bound holds them alone
+    own = build(replace(PLAIN, objective=replace(objective, clip_high=0.05)), f1, **good)
+    given, before = build(strategy, f1, clip_high=0.05, **good), build(strategy, f1, **good)
+    assert torch.equal(given.terms[0].loss, own.terms[0].loss)
+    assert torch.equal(given.surrogate.clipped, own.surrogate.clipped)
+    assert not torch.equal(before.terms[0].loss, given.terms[0].loss)
+    assert strategy.objective is objective
+    assert objective.clip_high > 0.05  # the setting itself stays
+
+
+def test_a_higher_threshold_gives_the_worked_number_in_both_halves_of_a_blend(f1):
+    """Token (0, 1) held at 1.28, not 1.2: -.222926."""
+    assert value_of(build(PLAIN, f1, clip_high=0.28).terms[0]).item() == pytest.approx(-0.222926, abs=1e-6)
+    names = ("logprobs", "old_logprobs", "rollout_logprobs", "advantages", "response_mask")
+    same = Blend(advantages=f1.advantages, weight=torch.tensor([0.5, 0.1, 0.9, 0.0]))
+    step = PLAIN.terms(**{name: getattr(f1, name) for name in names}, knobs=Knobs(clip_high=0.28), blend=same)
+    assert value_of(step.terms[0]).item() == pytest.approx(-0.222926, abs=1e-6)
 
 
 def test_terms_come_in_order_each_with_its_own_coefficient(f1):
