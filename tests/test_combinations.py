@@ -29,6 +29,12 @@ TRAINED = [
     "learner=lora entropy=siren entropy.scope=micro advantage_weights=stcr divergence=reverse_kl divergence_weights=dads",
     "max_staleness=1 correction=decoupled_ppo selector=clip_cov token_weight=steer entropy=bonus",
     "control=dual control.target=0.02 divergence=reverse_kl divergence.estimator=k2 objective=reinforce advantage=gpg",
+    "replay=buffer replay.fraction=0.5 correction=tis objective=reinforce divergence=reverse_kl safeguard=entropy_gated",
+    "replay=buffer replay.fraction=0.5 max_staleness=1 correction=decoupled_ppo selector=clip_cov entropy=siren",
+    "replay=buffer replay.fraction=0.5 replay.score_power=1 advantage=gae critic=value_model optimizer_steps_per_batch=2",
+    "replay=zero_variance objective=gspo token_filter=none entropy=epo divergence=reverse_kl divergence.estimator=exact",
+    "objective_weights=recap objective_weights.apply_to=loss correction=icepop imitation=positive token_weight=steer",
+    "objective_weights=recap_code reward.fn=expression_parts replay=zero_variance imitation=positive imitation.above=1.5",
 ]
 
 REFUSED = {
