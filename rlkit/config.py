@@ -69,14 +69,16 @@ from rlkit.core.ratios import (
     DivergenceRejection,
     IcePop,
     MaskedIS,
+    MismatchCorrection,
     NoCorrection,
     Rejection,
     SequenceMaskedTIS,
     TruncatedIS,
 )
+from rlkit.core.recap import NoObjectiveWeights, ObjectiveWeights, Recap, RecapCode
 from rlkit.core.reduce import Aggregation
 from rlkit.core.rehearsal import BaseAnswers, NoRehearsal, Rehearsal
-from rlkit.core.replay import NoReplay, Replay
+from rlkit.core.replay import BufferReplay, NoReplay, Replay, StoredReplay, ZeroVarianceReplay
 from rlkit.core.safe import Asymmetric, EntropyGated, KLMode, KLPenalty, NoSafeguard, Safeguard
 from rlkit.core.selectors import ClipB, ClipCov, ClipV, KLCov, NoSelector, NoTokenFilter, Selector, TokenFilter
 from rlkit.core.shaping import DynamicSampling, NoPromptFilter, NoShaping, OverlongPenalty, PromptFilter, Shaping
@@ -174,6 +176,7 @@ class RunConfig:
     divergence_control: Control = MISSING  # of the divergence's coefficient
     threshold_control: Control = MISSING  # of the objective's upper clip threshold
     replay: Replay = MISSING
+    objective_weights: ObjectiveWeights = MISSING
     reference: Reference = MISSING
     teacher: Teacher = MISSING
     evaluation: Evaluation = MISSING
@@ -229,7 +232,12 @@ class RunConfig:
     @property
     def compares_with_sampler(self) -> bool:
         """Whether old_logprobs are the engine's: the ratio is then to the policy that sampled, at whatever version."""
-        return "rollout_as_old" in self.needs or (self.max_staleness > 0 and "proximal_logprobs" not in self.needs)
+        return "rollout_as_old" in self.needs or (self.trains_on_stale and "proximal_logprobs" not in self.needs)
+
+    @property
+    def trains_on_stale(self) -> bool:
+        """Whether some trained tokens may come from an older policy than the one that the update starts from."""
+        return self.max_staleness > 0 or isinstance(self.replay, StoredReplay)
 
     @property
     def compares_groups(self) -> bool:
@@ -373,7 +381,8 @@ CHOICES: dict[str, dict[str, type]] = {
     "divergence_control": dict(CONTROLS),
     # Skywork's coefficient is 0 while it is off, and a threshold is never off.
     "threshold_control": {name: cls for name, cls in CONTROLS.items() if cls is not Skywork},
-    "replay": {"none": NoReplay},
+    "replay": {"none": NoReplay, "buffer": BufferReplay, "zero_variance": ZeroVarianceReplay},
+    "objective_weights": {"none": NoObjectiveWeights, "recap": Recap, "recap_code": RecapCode},
     "reference": {"initial": InitialReference},
     "teacher": {"none": NoTeacher},
     "evaluation": {"none": NoEvaluation, "held_out": HeldOut},
@@ -590,6 +599,7 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
     yield from _selector_problems(config)
     yield from _divergence_problems(config)
     yield from _control_problems(config)
+    yield from _replay_problems(config)
     critic = choice_of("critic", config.critic)
     if "values" in config.advantage.needs and critic == "none":
         yield f"critic=none: advantage={advantage} is computed from a critic's values. Write critic=value_model."
@@ -648,7 +658,7 @@ def _selector_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-TEMPERED_BASELINES = ("grpo", "dr_grpo", "rloo")  # of CHOICES["advantage"]: a group's advantages depend on no other group
+LONE_BASELINES = ("grpo", "dr_grpo", "rloo")  # of CHOICES["advantage"]: a group's advantages depend on no other group
 
 
 def _tempering_problems(config: RunConfig) -> Iterator[str]:
@@ -667,10 +677,10 @@ def _tempering_problems(config: RunConfig) -> Iterator[str]:
                 "prompts, or a larger tempering.prompt_fraction."
             )
         return
-    if (advantage := choice_of("advantage", config.advantage)) not in TEMPERED_BASELINES:
+    if (advantage := choice_of("advantage", config.advantage)) not in LONE_BASELINES:
         yield (
             f"tempering=aepo: its samples are groups of their own, and advantage={advantage} looks across groups. Write "
-            f"advantage={' or '.join(TEMPERED_BASELINES)}, or tempering.use=dcpo."
+            f"advantage={' or '.join(LONE_BASELINES)}, or tempering.use=dcpo."
         )
     for group in ("prompt_advantage", "token_filter", "safeguard"):
         if (chosen := choice_of(group, getattr(config, group))) != "none":
@@ -694,6 +704,73 @@ def _divergence_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _replay_problems(config: RunConfig) -> Iterator[str]:
+    """Replayed tokens come from older policies: what learns from them must weigh them by their ratio."""
+    replay = config.replay
+    if not isinstance(replay, StoredReplay):
+        return
+    name, correction = choice_of("replay", replay), choice_of("correction", config.correction)
+    if isinstance(config.correction, Rejection | DivergenceRejection):
+        yield (
+            f"correction={correction}: the tokens it keeps weigh 1, however old the policy that sampled them, and replay={name} "
+            "trains on such. Write correction=decoupled_ppo or tis, or correction=none for a ratio to the policy that sampled."
+        )
+    elif not isinstance(config.correction, MismatchCorrection) and "old_logprobs" not in config.objective.needs:
+        yield (
+            f"objective={choice_of('objective', config.objective)}: it has no ratio to the policy that sampled, and replay={name} "
+            "trains on samples of older ones. Write objective=clipped, or correction=tis."
+        )
+    divergence = config.divergence
+    if isinstance(divergence, Penalty) and divergence.verdict.is_right and divergence.verdict.on_policy:
+        yield (
+            f"divergence.estimator={divergence.estimator.name}: its gradient is right only for samples of the present policy, "
+            f"and replay={name} trains on older ones. Write divergence.estimator=k3_weighted or exact, or replay=none."
+        )
+    if (tempering := choice_of("tempering", config.tempering)) != "none":
+        yield (
+            f"tempering={tempering}: the entropy that it holds is measured on the whole batch, and replay={name} adds samples of "
+            "older policies. Write tempering=none or replay=none."
+        )
+    if 1 <= replay.max_uses <= config.epochs_per_batch:
+        yield (
+            f"replay.max_uses={replay.max_uses}: a fresh response is trained on epochs_per_batch={config.epochs_per_batch} times, "
+            f"so nothing is ever replayed. Write replay.max_uses={2 * config.epochs_per_batch} or more."
+        )
+    if replay.replaces:
+        yield from _replacement_problems(config, name)
+    elif (
+        isinstance(replay, BufferReplay)
+        and 0 < replay.fraction < 1
+        and not replay.num_groups(num_fresh=config.prompts_per_step, num_flat=0)
+    ):
+        yield (
+            f"prompts_per_step={config.prompts_per_step}: replay.fraction adds less than one group to so few. Write more prompts, "
+            "or a larger replay.fraction."
+        )
+
+
+def _replacement_problems(config: RunConfig, name: str) -> Iterator[str]:
+    """Stored groups in the place of fresh ones that teach nothing."""
+    if (advantage := choice_of("advantage", config.advantage)) not in LONE_BASELINES:
+        yield (
+            f"replay={name}: advantage={advantage} learns from groups whose rewards are all equal, or counts them in those of the "
+            f"others. Write advantage={' or '.join(LONE_BASELINES)}, or replay=buffer."
+        )
+    if choice_of("objective", config.objective) == "unclipped":
+        yield f"objective=unclipped: replay={name} trains on the same groups for long, and needs a bound. Write objective=clipped."
+    if (prompt_filter := choice_of("prompt_filter", config.prompt_filter)) != "none":
+        yield (
+            f"prompt_filter={prompt_filter}: it leaves no group whose rewards are all equal, and replay={name} replaces such. "
+            "Write prompt_filter=none or replay=none."
+        )
+    for group in ("prompt_advantage", "safeguard"):
+        if (chosen := choice_of(group, getattr(config, group))) != "none":
+            yield (
+                f"{group}={chosen}: it also looks at the groups whose rewards are all equal, and replay={name} takes them out of "
+                f"the batch. Write {group}=none or replay=buffer."
+            )
+
+
 def _reward_place_problems(config: RunConfig) -> Iterator[str]:
     """A divergence in the advantages gives every token one of its own."""
     if not isinstance(config.divergence, Penalty) or config.divergence.place is Place.loss:
@@ -708,6 +785,11 @@ def _reward_place_problems(config: RunConfig) -> Iterator[str]:
         if (chosen := choice_of(group, getattr(config, group))) != "none":
             yield f"{place}: {group}={chosen} works on one advantage per response. Write divergence.place=loss, or {group}=none."
     if config.divergence.place is Place.target:
+        if config.trains_on_stale:
+            yield (
+                f"{place}: it weighs responses as samples of the present policy, and replay or max_staleness brings older "
+                "ones. Write replay=none and max_staleness=0."
+            )
         if config.group_size == 1:
             yield f"group_size=1: {place} estimates each prompt's target from its other responses. Write 2 or more; 16 is usual."
         for group in ("advantage_weights", "divergence_weights", "safeguard"):

@@ -106,6 +106,7 @@ class TableData(Data):
 
     prompt_column: str = "prompt"  # plain text, or a list of chat messages
     id_column: str | None = None  # unique per row; without one a row is known by its number
+    source_column: str | None = None  # names the source of each row, where several are mixed; without one all rows are of one
     columns: dict[str, str] = field(default_factory=dict)  # new name: name in the file, for the reward function's arguments
     system_prompt: str | None = None  # put before every prompt, as the chat template's system message
     chat: bool = False  # wrap plain text as one user message in the model's chat template

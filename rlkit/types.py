@@ -207,6 +207,7 @@ class TrainBatch:
     local_weight: Tensor | None = None  # [B] float32: of the first one's loss beside the second's
     divergence_weight: Tensor | None = None  # [B] float32: multiplies the response's divergence; None: 1
     chosen: Tensor | None = None  # [B, T] bool: the selector's tokens, where it chooses over the whole step
+    objective_weight: Tensor | None = None  # [B] float32: multiplies the row's policy loss; None: 1
     policy_mask: Tensor | None = None  # [B, T] bool: tokens of the policy term and its denominators; None: response_mask
 
     def __post_init__(self):

@@ -34,6 +34,12 @@ TRAINED = [
     " optimizer_steps_per_batch=2 threshold_control=pid_log threshold_control.target=0.8",
     "objective=cispo threshold_control=doubling threshold_control.target=0.8 max_staleness=1 safeguard=asymmetric"
     " divergence=reverse_kl divergence_control=pid_log divergence_control.target=0.02",
+    "replay=buffer replay.fraction=0.5 correction=tis objective=reinforce divergence=reverse_kl safeguard=entropy_gated",
+    "replay=buffer replay.fraction=0.5 max_staleness=1 correction=decoupled_ppo selector=clip_cov entropy=siren",
+    "replay=buffer replay.fraction=0.5 replay.score_power=1 advantage=gae critic=value_model optimizer_steps_per_batch=2",
+    "replay=zero_variance objective=gspo token_filter=none entropy=epo divergence=reverse_kl divergence.estimator=exact",
+    "objective_weights=recap objective_weights.apply_to=loss correction=icepop imitation=positive token_weight=steer",
+    "objective_weights=recap_code reward.fn=expression_parts replay=zero_variance imitation=positive imitation.above=1.5",
 ]
 
 REFUSED = {

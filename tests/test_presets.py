@@ -36,6 +36,7 @@ def test_every_preset_trains_five_steps_with_finite_losses_and_weights_that_reac
             assert math.isfinite(row["policy/loss"]), name
             assert row["policy/skipped_steps"] == 0, name
             assert row["sync/probe_max"] <= 1e-4, name
-        assert any(row["policy/grad_norm"] > 0 for row in rows), name
+        # Its policy stands still for longer than these steps.
+        assert any(row["critic/grad_norm" if name == "wsrl" else "policy/grad_norm"] > 0 for row in rows), name
         if name in ("grpo_tis", "grpo_icepop", "decoupled_ppo"):
             assert all(0 < row["is/ess"] <= 1 + 1e-6 for row in rows), name

@@ -20,6 +20,15 @@ def score(name: str, completion: str, **row) -> float | None:
 
 
 @pytest.mark.parametrize(
+    ("text", "form", "accuracy"),
+    [("7+5-3-2", 1, 1), ("7+5+3-2", 1, 0), ("7+5-3", 0, 0), ("9+5-3-4", 0, 0), ("7+5-3-2 ", 0, 0), ("", 0, 0)],
+)
+def test_expression_parts(text, form, accuracy):
+    function, _ = load(locate("expression_parts", Path.cwd()))
+    assert function(prompts=["p"], completions=[text], digits=["3572"], target=[7]) == [{"form": form, "accuracy": accuracy}]
+
+
+@pytest.mark.parametrize(
     ("completion", "answer", "reward"),
     [
         ("Paris", "Paris", 1),

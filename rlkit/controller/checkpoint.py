@@ -20,11 +20,13 @@ from typing import Any
 from rlkit.controller.fleet import Learners
 from rlkit.controller.sampling import Sampled
 from rlkit.controller.tracking.files import read_rollouts, write_rollouts
+from rlkit.data.buffer import ReplayBuffer
 from rlkit.errors import DataError, ResourceError
 
 FORMAT = 1  # of the manifest and of state/; a reader refuses what is newer
 MANIFEST = "manifest.json"
 PROGRESS = "state/progress.json"
+REPLAY, REPLAYED = "state/replay.json", "state/replay.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +38,16 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    learner: Learners, run_dir: Path, step: int, progress: dict[str, Any], ahead: Mapping[int, Sampled] | None = None
+    learner: Learners,
+    run_dir: Path,
+    step: int,
+    progress: dict[str, Any],
+    ahead: Mapping[int, Sampled] | None = None,
+    buffer: ReplayBuffer | None = None,
 ) -> Path:
     """Everything under checkpoints/step_000123, by a temporary name and a rename. Raises ResourceError when it cannot be written.
 
-    `ahead`: batches that are sampled and scored, and belong to later steps.
+    `ahead`: batches that are sampled and scored, and belong to later steps. `buffer`: what is kept for replay.
 
     The manifest comes last and the rename after it, each after the bytes before it are on the disk: a crash at any point leaves
     either no checkpoint of this step or a whole one.
@@ -54,6 +61,10 @@ def save_checkpoint(
         (temporary / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
         for later, sampled in (ahead or {}).items():
             write_rollouts(temporary / "state" / f"ahead_{later:06d}.parquet", sampled.rollouts, [math.nan] * len(sampled.rollouts))
+        if buffer is not None:
+            stored, beside = buffer.state()
+            write_rollouts(temporary / REPLAYED, stored, [math.nan] * len(stored))
+            (temporary / REPLAY).write_text(json.dumps(beside), encoding="utf-8")
         files = {name: _measure(temporary / name) for name in _files(temporary)}
         for name in files:
             _flush(temporary / name)
@@ -122,6 +133,12 @@ def read_ahead(folder: Path) -> dict[int, Sampled]:
     """Step -> its batch, of those that were sampled before the checkpoint and not yet learnt from."""
     files = (folder / "state").glob("ahead_*.parquet")
     return {int(file.stem.removeprefix("ahead_")): Sampled.again(read_rollouts(file)) for file in files}
+
+
+def restore_buffer(folder: Path, buffer: ReplayBuffer) -> None:
+    """What was kept for replay; nothing, where that run replayed nothing."""
+    if (folder / REPLAY).is_file():
+        buffer.restore(read_rollouts(folder / REPLAYED), json.loads((folder / REPLAY).read_text(encoding="utf-8")))
 
 
 def prune(run_dir: Path, *, keep_last: int, best: int | None) -> None:

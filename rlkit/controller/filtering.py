@@ -43,6 +43,11 @@ def rollout_metrics(sampled: Sampled, kept: Sequence[Rollout], dropped: Counter[
     if kept:
         rewards = np.array([rollout.reward for rollout in kept], dtype=float)
         groups = group_index(kept).numpy()
+        parts: dict[str, list[float]] = {}
+        for rollout in kept:
+            for name, reward in rollout.reward_components.items():
+                parts.setdefault(name, []).append(reward)
+        metrics |= {f"reward/{name}/mean": float(np.mean(found)) for name, found in parts.items()}
         spread = [np.ptp(rewards[groups == group]) for group in np.unique(groups)]
         metrics |= {
             "reward/mean": float(rewards.mean()),

@@ -13,8 +13,15 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlkit.config import RunConfig
-from rlkit.controller.checkpoint import checkpoint_folder, newest_valid, prune, read_ahead, save_checkpoint
+from rlkit.config import RunConfig, choice_of
+from rlkit.controller.checkpoint import (
+    checkpoint_folder,
+    newest_valid,
+    prune,
+    read_ahead,
+    restore_buffer,
+    save_checkpoint,
+)
 from rlkit.controller.clock import Clock
 from rlkit.controller.cluster import Cluster
 from rlkit.controller.evaluate import Evaluation, evaluate, gain
@@ -24,6 +31,7 @@ from rlkit.controller.fleet import Engines, Learners, ReferenceScorer, weight_tr
 from rlkit.controller.lookahead import Lookahead
 from rlkit.controller.preemption import Preemption, StopRequested
 from rlkit.controller.preparation import (
+    balance,
     blended,
     choose,
     correct,
@@ -31,6 +39,7 @@ from rlkit.controller.preparation import (
     filtered,
     joined,
     narrow,
+    shaped_rewards,
     weigh,
     with_advantages,
     with_effective_sample_size,
@@ -38,13 +47,17 @@ from rlkit.controller.preparation import (
 )
 from rlkit.controller.progress import Progress
 from rlkit.controller.rehearsal import Answers, sample_answers
+from rlkit.controller.replaying import Replayed, open_buffer, replayed, store
+from rlkit.controller.reweighting import objective_metrics, rewards_by_objective
 from rlkit.controller.sampling import Sampled, Sampler
 from rlkit.controller.tracking import Tracker
 from rlkit.controller.turns import ByTurns, SideBySide
 from rlkit.core.aepo import Aepo
 from rlkit.core.loss import Knobs
+from rlkit.core.recap import SUPERVISED
 from rlkit.core.rehearsal import BaseAnswers
 from rlkit.core.selectors import covariance_metrics
+from rlkit.data.buffer import ReplayBuffer
 from rlkit.data.collate import collate, minibatches, truncated
 from rlkit.data.models.loading import context_length, load_tokenizer, resolve, slow_arithmetic, stop_token_ids
 from rlkit.data.models.lora import adapted_shapes
@@ -110,6 +123,9 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         learner.check_shared(run_dir / "config.yaml")
         if found is not None:
             learner.restore(str(found.folder.resolve()))
+        buffer = open_buffer(config)
+        if found is not None and buffer is not None:
+            restore_buffer(found.folder, buffer)
         sampler = Sampler(engines=engines, rewards=rewards, tokenizer=tokenizer, seed=config.seed)
         sampling = config.sampling(stops)
         answers = base_answers(config, run_dir, prompts, sampler, sampling, learner, is_new=found is None)
@@ -151,6 +167,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             ahead=ahead,
             preemption=preemption,
             progress=progress,
+            buffer=buffer,
         )
         tracker.workers(cluster.places())
         how = f"Go on with: rlkit train resume={run_dir}"
@@ -226,6 +243,7 @@ class Run:
     ahead: Lookahead
     preemption: Preemption
     progress: Progress
+    buffer: ReplayBuffer | None = None  # what is kept of its rollouts; None: nothing is replayed
     failed_saves: int = 0  # in a row
 
     def train(self) -> RunSummary:
@@ -249,13 +267,18 @@ class Run:
         tempered = trainable(sampled.tempered, at_least=at_least)[0] if sampled.tempered else []
         metrics = rollout_metrics(sampled, rollouts, dropped) | self.staleness(rollouts)
         advantages: dict[str, float] = {}
+        chosen = self.replay(rollouts)
         if rollouts:
             with clock.time("score"):
-                batch, prepared = self.prepare(rollouts, tempered)
+                batch, prepared = self.prepare(chosen.fresh, tempered, chosen.stored)
             advantages = dict(zip(batch.sample_ids, batch.advantages[:, 0].tolist(), strict=True))
             batch = self.with_answers(step, batch)
             with clock.time("learn"):
                 metrics |= prepared | self.learn(step, batch) | self.progress.coefficients.metrics(self.config)
+            metrics |= objective_metrics(self.progress.judged(self.config))
+            if self.buffer is not None:
+                metrics |= chosen.metrics(self.buffer, self.progress.step)
+            self.remember(rollouts, chosen, batch, metrics)
         else:
             self.tracker.message(f"Step {step}: no group has enough scored samples, so nothing was learnt from it.")
         self.progress.step, self.progress.prompts_drawn = step, self.progress.prompts_drawn + sampled.num_prompts
@@ -263,7 +286,7 @@ class Run:
         clock.add("sync", report.sync_s)
         clock.add("sync_check", report.check_s)
         metrics |= {"sync/probe_max": report.max_abs, "sync/probe_exp_mean": report.mean_exp_abs}
-        self.report(step, metrics, clock, sampled, rollouts, advantages)
+        self.report(step, metrics, clock, sampled, [*chosen.fresh, *chosen.stored], advantages)
 
     def settle(self) -> None:
         """What is due between two steps: evaluation, then a checkpoint. A request to stop is honoured here too."""
@@ -292,11 +315,45 @@ class Run:
             raise WorkerError(f"A token of step {self.progress.step + 1} is {behind.max()} versions old; max_staleness={bound}.")
         return {"staleness/mean": float(behind.mean()), "staleness/max": float(behind.max())} if bound else {}
 
-    def prepare(self, rollouts: Sequence[Rollout], tempered: Sequence[Rollout] = ()) -> tuple[TrainBatch, dict[str, float]]:
+    def replay(self, rollouts: Sequence[Rollout]) -> Replayed:
+        """The groups to train on: a step's fresh ones, and stored ones beside them or in their place."""
+        if self.buffer is None or not rollouts:
+            return Replayed(fresh=list(rollouts), stored=[])
+        outcomes = shaped_rewards(self.config, rollouts, self.weights()).sum(-1)
+        return replayed(self.buffer, rollouts, outcomes, step=self.progress.step + 1, version=self.progress.step)
+
+    def weights(self) -> dict[str, float]:
+        """Of the run's objectives in this step; one that is not there weighs 1."""
+        return {name: judged.weight for name, judged in self.progress.judged(self.config).items()}
+
+    def remember(self, rollouts: Sequence[Rollout], chosen: Replayed, batch: TrainBatch, metrics: dict[str, float]) -> None:
+        """Of a batch that was trained on: its groups for replay, and how each objective went."""
+        config = self.config
+        if self.buffer is not None:
+            store(self.buffer, chosen.fresh, batch)
+        assert batch.rewards is not None  # collate put them there
+        imitated = config.imitation.mask(rewards=batch.rewards, response_mask=batch.response_mask)
+        losses = {}
+        if imitated is not None and imitated.any():
+            losses[SUPERVISED] = metrics["imitation/loss"] / config.optimizer_steps_per_step  # it is their sum
+        self.progress.objectives = config.objective_weights.update(
+            self.progress.objectives, rewards=rewards_by_objective(config.objective_weights, rollouts), losses=losses
+        )
+        if len(judged := self.progress.judged(config)) == 1 and self.progress.step == 0:
+            self.tracker.message(
+                f"objective_weights={choice_of('objective_weights', config.objective_weights)}: {', '.join(judged)} is the only "
+                "objective so far, and its weight is always 1. Others come with data.source_column, a reward of named parts beside "
+                "objective_weights.apply_to=reward, or imitation=positive."
+            )
+
+    def prepare(
+        self, rollouts: Sequence[Rollout], tempered: Sequence[Rollout] = (), stored: Sequence[Rollout] = ()
+    ) -> tuple[TrainBatch, dict[str, float]]:
         """A batch of rollouts with all that is known before it is trained on: what reference, policy and critic say of it,
-        advantages, and which tokens train. `tempered`: samples at another temperature, of which some join it."""
+        advantages, and which tokens train. `tempered`: samples at another temperature, of which some join it. `stored`: rollouts
+        of earlier steps, which no strategy takes for a measurement of the policy."""
         config, num_main = self.config, len(rollouts)
-        rollouts = [*rollouts, *tempered]
+        rollouts = [*rollouts, *stored, *tempered]
         scores = None if self.reference is None else self.reference.score(rollouts)
         batch = collate(
             rollouts,
@@ -311,10 +368,11 @@ class Run:
             batch = replace(batch, old_logprobs=batch.rollout_logprobs)
         if "values" in config.needs:
             batch = replace(batch, **self.learner.values(batch))
-        batch, metrics = with_advantages(config, batch, rollouts, divergence=divergence)
+        batch, metrics = with_advantages(config, batch, rollouts, self.weights(), divergence=divergence)
         batch, dropped = filtered(config, batch, truncated(rollouts))
         batch, taken = self.temper(batch, num_main)
-        self.progress = self.progress.having_seen(config, batch)
+        if num_main:
+            self.progress = self.progress.having_seen(config, batch.select([*range(num_main)]) if stored else batch)
         return batch, metrics | dropped | taken | self.progress.metrics(config)
 
     def with_answers(self, step: int, batch: TrainBatch) -> TrainBatch:
@@ -344,7 +402,7 @@ class Run:
             order_seed = (config.seed << 32) + step * config.epochs_per_batch + epoch
             for number, part in enumerate(minibatches(batch, config.optimizer_steps_per_batch, seed=order_seed)):
                 part, corrected = correct(config.correction, part)
-                part = narrow(part)
+                part = balance(narrow(part))
                 part, weighed = weigh(config.token_weight, part)
                 part, selected = choose(config.selector, part, seed=order_seed + (number << 40))
                 stats = self.learner.update(part, self.knobs(part, is_first=epoch == number == 0))
@@ -371,6 +429,7 @@ class Run:
             clip_high=progress.coefficients.of("threshold", self.config),
             entropy_state=progress.entropy,
             entropy_measured=self.config.entropy.measure(nucleus_entropy=nucleus_entropy, response_mask=part.response_mask),
+            imitation_weight=self.weights().get(SUPERVISED, 1.0),
         )
 
     def dump(self, name: str, batch: TrainBatch) -> None:
@@ -444,7 +503,8 @@ class Run:
         last_saved, progress.saved_at = progress.saved_at, progress.step
         progress.note_best()
         try:
-            save_checkpoint(self.learner, self.run_dir, progress.step, progress.to_json(self.fingerprint), self.ahead.ready())
+            state = progress.to_json(self.fingerprint)
+            save_checkpoint(self.learner, self.run_dir, progress.step, state, self.ahead.ready(), self.buffer)
         except ResourceError as error:
             progress.saved_at = last_saved
             self.failed_saves += 1
@@ -461,7 +521,7 @@ class Run:
         metrics: dict[str, float],
         clock: Clock,
         sampled: Sampled,
-        rollouts: Sequence[Rollout],
+        learnt_from: Sequence[Rollout],
         advantages: dict[str, float],
     ) -> None:
         """The step's line in every sink."""
@@ -470,7 +530,7 @@ class Run:
         # Beside learning, generation has the whole step.
         metrics["rate/generated_tokens_per_s"] = generated / timings.get("time/generate_s", timings["time/step_s"])
         if "time/learn_s" in timings:
-            learnt = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+            learnt = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in learnt_from)
             metrics["rate/learned_tokens_per_s"] = learnt / timings["time/learn_s"]
         self.tracker.rollouts(step, sampled.rollouts, [advantages.get(r.sample_id, math.nan) for r in sampled.rollouts])
         self.tracker.step(step, metrics, timings)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rlkit.config import RunConfig
+from rlkit.controller.reweighting import reward_gains, reweighted
 from rlkit.core.aepo import Aepo, TemperedUse, TemperingState
 from rlkit.core.apo import first_advantages
 from rlkit.core.copo import answer_entropy
@@ -21,13 +22,14 @@ from rlkit.metrics import Max, Mean, Metric, Min
 from rlkit.types import Rollout, TrainBatch
 
 
-def shaped_rewards(config: RunConfig, rollouts: Sequence[Rollout]) -> Tensor:
-    """[B, T] float32: the rewards that advantages are computed from."""
+def shaped_rewards(config: RunConfig, rollouts: Sequence[Rollout], weights: Mapping[str, float] | None = None) -> Tensor:
+    """[B, T] float32: the rewards that advantages are computed from. `weights` of objectives, where they act on rewards."""
     rewards = token_rewards(rollouts)
     lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
-    gained = config.shaping(lengths=lengths, max_response_tokens=config.max_response_tokens)
-    if gained is not None:
-        rewards[torch.arange(len(rollouts)), (lengths - 1).clamp(min=0)] += gained
+    shaping = config.shaping(lengths=lengths, max_response_tokens=config.max_response_tokens)
+    for gained in (reward_gains(config.objective_weights, rollouts, weights or {}), shaping):
+        if gained is not None:
+            rewards[torch.arange(len(rollouts)), (lengths - 1).clamp(min=0)] += gained
     return rewards
 
 
@@ -68,22 +70,28 @@ def divergence_part(config: RunConfig, batch: TrainBatch, rollouts: Sequence[Rol
 
 
 def with_advantages(
-    config: RunConfig, batch: TrainBatch, rollouts: Sequence[Rollout], *, divergence: DivergencePart | None = None
+    config: RunConfig,
+    batch: TrainBatch,
+    rollouts: Sequence[Rollout],
+    weights: Mapping[str, float] | None = None,
+    *,
+    divergence: DivergencePart | None = None,
 ) -> tuple[TrainBatch, dict[str, float]]:
     """A batch of rollouts with its advantages [B, T], and what goes with them: a critic's targets, weights, a second advantage.
 
-    The divergence's part comes last, behind every normalisation, so that its coefficient means the same in each batch.
+    `weights`: of the run's objectives; one that is not there weighs 1. The divergence's part comes last, behind every
+    normalisation, so that its coefficient means the same in each batch.
     """
     assert batch.rewards is not None  # collate put them there
     groups, mask = group_index(rollouts), batch.response_mask
     estimate = config.advantage(
-        token_rewards=shaped_rewards(config, rollouts), response_mask=mask, group_ids=groups, values=batch.old_values
+        token_rewards=shaped_rewards(config, rollouts, weights), response_mask=mask, group_ids=groups, values=batch.old_values
     )
     advantages, metrics = estimate.advantages, {}
     given = {"response_mask": mask, "rewards": batch.rewards, "group_ids": groups}
-    if (weights := config.advantage_weights(advantages=advantages, **given)) is not None:
-        advantages = advantages * weights.unsqueeze(-1)
-        metrics |= {"advantage_weights/mean": float(weights.mean()), "advantage_weights/max": float(weights.max())}
+    if (by_row := config.advantage_weights(advantages=advantages, **given)) is not None:
+        advantages = advantages * by_row.unsqueeze(-1)
+        metrics |= {"advantage_weights/mean": float(by_row.mean()), "advantage_weights/max": float(by_row.max())}
     of_divergence = config.divergence_weights(advantages=advantages, **given)
     if of_divergence is not None:
         metrics["divergence_weights/mean"] = float(of_divergence.mean())
@@ -96,7 +104,7 @@ def with_advantages(
     if (blend := config.prompt_advantage(advantages=advantages, entropy=entropy, **given)) is not None:
         metrics |= {"copo/h_mean": float(entropy.mean()), "copo/s_mean": float(blend.weight.mean())}
         batch = replace(batch, prompt_advantages=blend.advantages, local_weight=blend.weight)
-    return batch, metrics
+    return reweighted(config.objective_weights, batch, rollouts, weights or {}), metrics
 
 
 def correct(correction: Correction, batch: TrainBatch) -> tuple[TrainBatch, dict[str, Metric]]:
@@ -205,9 +213,21 @@ def weigh(token_weight: TokenWeight, batch: TrainBatch) -> tuple[TrainBatch, dic
     found = weight[batch.response_mask]
     metrics: dict[str, Metric] = {} if not count else {"token_weight/mean": Mean(float(found.double().sum()), count)}
     metrics |= {} if not count else {"token_weight/min": Min(float(found.min())), "token_weight/max": Max(float(found.max()))}
+    return _weighed(batch, weight), metrics
+
+
+def balance(batch: TrainBatch) -> TrainBatch:
+    """The batch of one optimiser step with its objectives' weights on its rows' policy loss, where they act there."""
+    if batch.objective_weight is None:
+        return batch
+    return _weighed(batch, batch.objective_weight.unsqueeze(-1).expand(batch.response_mask.shape))
+
+
+def _weighed(batch: TrainBatch, weight: Tensor) -> TrainBatch:
+    """With one more weight [B, T] on the policy term."""
     whole = weight if batch.policy_weight is None else weight * batch.policy_weight
     keep = batch.response_mask if batch.policy_mask is None else batch.policy_mask
-    return replace(batch, policy_weight=whole, policy_mask=keep), metrics
+    return replace(batch, policy_weight=whole, policy_mask=keep)
 
 
 def choose(selector: Selector, batch: TrainBatch, seed: int) -> tuple[TrainBatch, dict[str, Metric]]:

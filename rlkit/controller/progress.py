@@ -10,6 +10,7 @@ from rlkit.controller.evaluate import Evaluation
 from rlkit.core.aepo import TemperingState
 from rlkit.core.control import ControlState, Fixed
 from rlkit.core.entropy import EntropyState
+from rlkit.core.recap import Judged, ObjectivesState
 from rlkit.core.safe import NoSafeguard, SafeState
 from rlkit.errors import DataError
 from rlkit.metrics import Metric
@@ -72,6 +73,7 @@ class Progress:
     entropy: EntropyState  # what the entropy term remembers
     safeguard: SafeState  # the safeguard
     tempering: TemperingState  # and the tempering
+    objectives: ObjectivesState  # how each objective went
     step: int = 0  # finished
     prompts_drawn: int = 0  # by the finished steps
     before: Evaluation | None = None  # the first evaluation
@@ -89,6 +91,7 @@ class Progress:
             entropy=config.entropy.initial(),
             safeguard=config.safeguard.initial(),
             tempering=config.tempering.initial(),
+            objectives=config.objective_weights.initial(),
         )
 
     def having_seen(self, config: RunConfig, batch: TrainBatch) -> Progress:
@@ -121,6 +124,10 @@ class Progress:
         coef = self.coefficients.of("divergence", config)
         return None if coef is None else coef + config.safeguard.coef(self.safeguard)
 
+    def judged(self, config: RunConfig) -> dict[str, Judged]:
+        """The run's objectives, with their weights in the next step; empty where all weigh 1."""
+        return config.objective_weights.judge(self.objectives, done=self.step / config.num_steps)
+
     def metrics(self, config: RunConfig) -> dict[str, float]:
         """What strategies remember."""
         safeguard = {f"safe/{name}": value for name, value in config.safeguard.metrics(self.safeguard).items()}
@@ -144,6 +151,7 @@ class Progress:
             "entropy": asdict(self.entropy),
             "safeguard": asdict(self.safeguard),
             "tempering": asdict(self.tempering),
+            "objectives": asdict(self.objectives),
             "before": None if self.before is None else self.before.to_json(),
             "after": None if self.after is None else self.after.to_json(),
             "evaluated_at": self.evaluated_at,
@@ -170,6 +178,7 @@ class Progress:
             entropy=replace(start.entropy, **stored["entropy"]),
             safeguard=replace(start.safeguard, **stored["safeguard"]),
             tempering=replace(start.tempering, **stored["tempering"]),
+            objectives=replace(start.objectives, **stored["objectives"]),
             **evaluations,
             **plain,
         )

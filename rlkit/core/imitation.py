@@ -40,20 +40,21 @@ class NoImitation(Imitation):
 class PositiveExamples(Imitation):
     """Raises the likelihood of the responses that were rewarded (VAPO).
 
-    The loss is -logprobs on the tokens of rows with a reward above 0, averaged over those tokens whatever the objective's
-    aggregation; 0 where there are none. Gradient: that of supervised fine-tuning on these rows; no ratio, no clip, no
-    baseline. Source: arXiv:2504.05118; NVIDIA-NeMo/RL.
+    The loss is -logprobs on the tokens of rows with a reward above a bound, 0 by default, averaged over those tokens whatever the
+    objective's aggregation; 0 where there are none. Gradient: that of supervised fine-tuning on these rows; no ratio, no clip,
+    no baseline. Source: arXiv:2504.05118; NVIDIA-NeMo/RL.
     """
 
     coef: float = 0.1  # multiplies the loss
+    above: float = 0.0  # responses with a higher reward are imitated
 
     def __post_init__(self):
         if not self.coef >= 0:
             raise ConfigError(f"imitation.coef={self.coef}: write 0 or more, or imitation=none to train without this term.")
 
     def mask(self, *, rewards: Tensor, response_mask: Tensor) -> Tensor:
-        """[B, T]: the response tokens of rows with a reward above 0."""
-        return response_mask & (rewards > 0).unsqueeze(-1)
+        """[B, T]: the response tokens of rows with a reward above the bound."""
+        return response_mask & (rewards > self.above).unsqueeze(-1)
 
     def term(self, *, logprobs: Tensor, rewards: Tensor, response_mask: Tensor) -> LossTerm:
         """-logprobs on the mask."""

@@ -28,6 +28,7 @@ class Knobs:
     clip_high: float | None = None  # the objective's upper threshold; None: its own setting, or it has none
     entropy_state: EntropyState | None = None  # of the batch of rollouts; None: the term remembers nothing
     entropy_measured: float | None = None  # what the entropy term's `measure` said of the step
+    imitation_weight: float = 1.0  # of the imitation term among the run's objectives
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,7 +182,7 @@ class Strategy:
             terms.append(self._term("entropy", entropy_loss, response_mask, knobs.entropy_coef, self.entropy.aggregation))
         if rewards is not None:
             imitation = self.imitation.term(logprobs=logprobs, rewards=rewards, response_mask=response_mask)
-            terms += [imitation] if imitation is not None else []
+            terms += [] if imitation is None else [replace(imitation, coef=imitation.coef * knobs.imitation_weight)]
         if tempered_mask is not None:
             assert isinstance(self.tempering, Aepo)
             terms.append(self.tempering.term(logprobs=logprobs, mask=tempered_mask))

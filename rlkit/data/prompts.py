@@ -108,7 +108,8 @@ def _prompts(
             problem = f"has {len(ids)} tokens, max_prompt_tokens={max_prompt_tokens}"
             offenders.append(_Offender(label=prefix + row.label, kind="too_long", problem=problem))
         else:
-            prompts.append(Prompt(id=id, text=text, prompt_ids=tuple(ids), source=source.name, columns=row.values))
+            name = source.name if source.source_column is None else str(row.values[source.source_column])
+            prompts.append(Prompt(id=id, text=text, prompt_ids=tuple(ids), source=name, columns=row.values))
     return prompts, offenders
 
 
@@ -139,8 +140,9 @@ def _check_columns(source: Source, rows: list[Row], columns: tuple[str, ...], wh
     listed = ", ".join(existing)
     if source.prompt_column not in existing:
         raise DataError(f"{where}: there is no column {source.prompt_column}; set data.prompt_column. The columns are {listed}.")
-    if source.id_column is not None and source.id_column not in existing:
-        raise DataError(f"{where}: there is no column {source.id_column}; set data.id_column. The columns are {listed}.")
+    for setting in ("id_column", "source_column"):
+        if (column := getattr(source, setting)) is not None and column not in existing:
+            raise DataError(f"{where}: there is no column {column}; set data.{setting}. The columns are {listed}.")
     for name in columns:
         if name not in existing:
             raise DataError(
@@ -158,10 +160,11 @@ def _find_fault(source: Source, row: Row, columns: tuple[str, ...]) -> tuple[str
     """The kind and the description of what is wrong with a row; two empty strings when nothing is."""
     if row.problem:
         return "unreadable", row.problem
-    for name in (source.prompt_column, source.id_column, *columns):
+    for name in (source.prompt_column, source.id_column, source.source_column, *columns):
         if name is not None and name not in row.values:
             return "missing_key", f"lacks {name}; it has {', '.join(row.values)}"
-    for name in (source.prompt_column, source.id_column):  # a table fills a gap with None; a reward function may see that
+    # A table fills a gap with None; a reward function may see that.
+    for name in (source.prompt_column, source.id_column, source.source_column):
         if name is not None and row.values[name] is None:
             return "missing_key", f"has no value for {name}"
     prompt = row.values[source.prompt_column]

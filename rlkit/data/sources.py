@@ -42,6 +42,7 @@ class Source:
     held_out: list[Row] | None  # None: a share of `train`
     prompt_column: str = "prompt"
     id_column: str | None = "id"
+    source_column: str | None = None  # None: `name` is the source of every row
     chat: bool = False
     system_prompt: str | None = None
 
@@ -119,6 +120,7 @@ def _table(settings: TableData, name: str, train: list[Row], held_out: list[Row]
         held_out=None if held_out is None else _rename(settings.columns, held_out),
         prompt_column=settings.prompt_column,
         id_column=settings.id_column,
+        source_column=settings.source_column,
         chat=settings.chat,
         system_prompt=settings.system_prompt,
     )

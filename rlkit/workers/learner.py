@@ -236,7 +236,7 @@ class Learner:
             advantages=batch.advantages,
             response_mask=mask,
             knobs=knobs,
-            behaviour_logprobs=batch.rollout_logprobs if self.config.max_staleness else None,
+            behaviour_logprobs=batch.rollout_logprobs if self.config.trains_on_stale else None,
             ref_logprobs=batch.ref_logprobs,
             entropy=entropy,
             nucleus_entropy=nucleus_entropy,

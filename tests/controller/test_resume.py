@@ -92,6 +92,7 @@ def outcome(run_dir: str, *, num_steps: int = NUM_STEPS) -> dict:
         "state": {name: tensor.numpy().tobytes() for name, tensor in load_file(last / "state/learner-0-of-1.safetensors").items()},
         "progress": json.loads((last / "state/progress.json").read_text()),
         "learner": json.loads((last / "state/learner.json").read_text()),
+        "replay": [file.read_bytes() for file in sorted((last / "state").glob("replay.*"))],
     }
 
 
@@ -174,6 +175,9 @@ REMEMBERING = {  # what a strategy remembers -> a run with it
         *("divergence_control=dual_log", "divergence_control.target=0.01", "divergence_control.smoothing=0.9", *KL),
         *("threshold_control=pid_log", "threshold_control.target=0.8", "threshold_control.warmup_updates=0"),
     ],
+    "groups to replay": ["replay=buffer", "replay.score_power=1", "replay.age_half_life=2", "replay.fraction=0.5"],
+    "groups to replace others": ["replay=zero_variance", *KL],
+    "how objectives went": ["objective_weights=recap_code", "imitation=positive", "reward.fn=expression_parts"],
 }
 
 
@@ -195,7 +199,8 @@ def test_what_a_strategy_remembers_is_there_after_a_resume(what, monkeypatch):
     assert outcome("run", num_steps=3) == outcome("whole", num_steps=3)
     fresh = loop.Progress.start(compose(settings)).to_json("")
     changed = {name for name, value in outcome("run", num_steps=3)["progress"].items() if value != fresh[name]}
-    assert changed & {"entropy", "safeguard", "tempering", "coefficients", "prompts_drawn"}
+    changed |= {name for name in ("replay",) if "replay=" in " ".join(settings) and outcome("run", num_steps=3)[name]}
+    assert changed & {"entropy", "safeguard", "tempering", "coefficients", "prompts_drawn", "objectives", "replay"}
 
 
 @pytest.mark.slow

@@ -414,6 +414,15 @@ def test_absent_metrics_are_not_shown(capsys):
     assert capsys.readouterr().out == "step 1/5  reward  0.250\n"
 
 
+def test_weights_of_objectives_have_a_line_of_their_own_and_a_row_of_the_panel(capsys):
+    weights = {"recap/math/weight": 1.25, "recap/code/weight": 0.75, "recap/math/c": 0.5, "recap/weight_entropy": 0.69}
+    PlainDisplay(num_steps=50).step(7, {"reward/mean": 0.25, **weights})
+    assert capsys.readouterr().out == "step  7/50  reward  0.250\n            weights:  math 1.250  code 0.750\n"
+    PlainDisplay(num_steps=50).step(7, {f"recap/{'x' * 60}{number}/weight": 1.0 for number in range(3)})
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
+    assert "weights math 1.250 code 0.750" in " ".join(panel(80, weights).replace("│", " ").split())
+
+
 def test_text_from_a_model_cannot_act_on_the_terminal(capsys):
     PlainDisplay(num_steps=5).message("a\x1b[31mb\x1b]0;title\x07c\rd\n[/red] \u2713")
     assert capsys.readouterr().out == "ab]0;titlec\nd\n[/red] \u2713\n"

@@ -37,6 +37,11 @@ def test_without_a_rewarded_response_loss_and_gradient_are_exactly_zero(f1, rewa
     assert gradient.eq(0).all()
 
 
+def test_responses_are_imitated_from_the_bound_on(f1):
+    mask = PositiveExamples(above=0.5).mask(rewards=torch.tensor([1.0, 0.5, 0.6, 0.0]), response_mask=f1.response_mask)
+    assert mask.any(-1).tolist() == [True, False, True, False]
+
+
 def test_at_a_coefficient_of_0_it_is_exactly_zero(f1):
     loss, gradient = run(PositiveExamples(coef=0.0), logprobs=f1.logprobs, rewards=f1.rewards, response_mask=f1.response_mask)
     assert loss == 0

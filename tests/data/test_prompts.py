@@ -18,6 +18,7 @@ from rlkit.settings import (
     TableData,
 )
 
+MIXED = [{"prompt": "1+1", "topic": "math"}, {"prompt": "print(1)", "topic": "code"}, {"prompt": "2+2", "topic": 3}]
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -89,6 +90,17 @@ def test_chat_goes_through_the_template_which_brings_its_own_special_tokens(writ
 def test_chat_without_a_template_is_refused(write, tokenizer, row):
     with pytest.raises(ConfigError, match=r"no chat template. Write data.chat=false"):
         load(table(write(row), chat=isinstance(row["prompt"], str)), tokenizer)
+
+
+def test_a_column_names_the_source_of_each_row(write, tokenizer):
+    found = load(table(write(*MIXED), source_column="topic"), tokenizer).train
+    assert [prompt.source for prompt in found] == ["math", "code", "3"]
+    assert {prompt.source for prompt in load(table(write(*MIXED)), tokenizer).train} == {"train.jsonl"}
+    assert "no column subject; set data.source_column" in refused(table(write(*MIXED), source_column="subject"), tokenizer)
+    assert "line 4 lacks topic" in refused(table(write(*MIXED, {"prompt": "x"}), source_column="topic"), tokenizer)
+    assert "line 1 has no value for topic" in refused(
+        table(write({"prompt": "x", "topic": None}), source_column="topic"), tokenizer
+    )
 
 
 def test_a_system_prompt_without_chat_is_refused(write, chat_tokenizer):

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlkit.controller.tracking.format import duration, number, percent, sparkline
-from rlkit.controller.tracking.history import estimates, step_parts
+from rlkit.controller.tracking.history import estimates, objective_weights, step_parts
 from rlkit.controller.tracking.sinks import Sink
 
 Format = Callable[[float], str]
@@ -131,15 +131,22 @@ class PlainDisplay:
                 break
             line += f"  {field}"
         print(line, flush=True)
+        if weights := objective_weights(metrics):
+            found = [printable(f"{name} {number(weight)}") for name, weight in weights.items()]
+            self._list(f"{' ' * len(self._counter(step))}  weights:", found)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        line = f"{self._counter(step)}  held out:"
-        for name, estimate in estimates(metrics).items():
-            field = f"  {name} {estimate}"
-            if len(line) + len(field) > _LINE_WIDTH:
+        found = [f"{name} {estimate}" for name, estimate in estimates(metrics).items()]
+        self._list(f"{self._counter(step)}  held out:", found)
+
+    def _list(self, line: str, fields: Sequence[str]) -> None:
+        """As many lines as it takes, the later ones indented."""
+        indent = " " * (2 * len(str(self._pace.num_steps)) + len("step /"))
+        for field in fields:
+            if len(line) + 2 + len(field) > _LINE_WIDTH:
                 print(line, flush=True)
-                line = " " * len(self._counter(step))
-            line += field
+                line = indent
+            line += f"  {field}"
         print(line, flush=True)
 
     def message(self, text: str) -> None:
@@ -200,6 +207,8 @@ class LiveDisplay:
             pictures.add_row("reward", self._reward_curve(curve))
         if parts := step_parts(self._metrics):
             pictures.add_row("time", _time_bar(parts))
+        if weights := objective_weights(self._metrics):
+            pictures.add_row("weights", Text(printable("  ".join(f"{name} {number(weight)}" for name, weight in weights.items()))))
         blocks.append(pictures)
         return Panel(
             Group(*blocks),

@@ -32,6 +32,12 @@ def step_parts(metrics: Mapping[str, float]) -> dict[str, float]:
     return parts
 
 
+def objective_weights(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Objective -> its weight in this step; empty where they are not moved."""
+    found = {name: value for name, value in metrics.items() if name.startswith("recap/") and name.endswith("/weight")}
+    return {name.removeprefix("recap/").removesuffix("/weight"): value for name, value in found.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A measured value and, where one was sent, its interval."""

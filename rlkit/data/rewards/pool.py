@@ -336,13 +336,14 @@ def _read_answer(call: _Call, answer: Mapping[str, Any]) -> list[RewardResult]:
             message = answer[kind.value]["summary"]
             return [RewardResult(sample_id=sample_id, status=kind, message=message) for sample_id in call.sample_ids]
     results = []
-    for sample_id, (reward, *problem) in zip(call.sample_ids, answer["values"], strict=True):
-        if problem:
-            results.append(RewardResult(sample_id=sample_id, status=RewardStatus.error, message=problem[0]))
+    for sample_id, (reward, *more) in zip(call.sample_ids, answer["values"], strict=True):
+        if reward is None and more:
+            results.append(RewardResult(sample_id=sample_id, status=RewardStatus.error, message=more[0]))
         elif reward is None:
             results.append(RewardResult(sample_id=sample_id, status=RewardStatus.skipped))
         else:
-            results.append(RewardResult(sample_id=sample_id, status=RewardStatus.ok, reward=reward))
+            parts = more[0] if more else {}
+            results.append(RewardResult(sample_id=sample_id, status=RewardStatus.ok, reward=reward, components=parts))
     return results
 
 

@@ -63,7 +63,8 @@ def _die_with(parent_pid: int) -> None:
 
 
 def _answer(function: Callable, signature: RewardSignature, call: dict[str, Any], runner: asyncio.Runner) -> dict[str, Any]:
-    """{"values": one of [number] | [None] | [None, what is wrong] per completion}, or {"error"} or {"contract"} for the call."""
+    """{"values": one of [number] | [number, parts by name] | [None] | [None, what is wrong] per completion}, or {"error"} or
+    {"contract"} for the call."""
     num_completions = len(call["completions"])
     texts = {name: call[name] for name in signature.texts}
     try:
@@ -89,6 +90,24 @@ async def _wait_for(awaitable: Any) -> Any:
 def _check(value: Any) -> list[Any]:
     if value is None:
         return [None]
+    return _check_parts(value) if isinstance(value, dict) else _check_number(value)
+
+
+def _check_parts(value: dict[Any, Any]) -> list[Any]:
+    """Named parts of a reward, which is their sum."""
+    if not value or not all(isinstance(name, str) and name for name in value):
+        return [None, f"returned {_show(value)}, whose keys are not names"]
+    parts = {}
+    for name, part in value.items():
+        number, *problem = [None, "returned None"] if part is None else _check_number(part)
+        if number is None:
+            return [None, f"{problem[0]} for its part {name}"]
+        parts[name] = number
+    total, *problem = _check_number(sum(parts.values()))
+    return [None, *problem] if total is None else [total, parts]
+
+
+def _check_number(value: Any) -> list[Any]:
     if not isinstance(value, bool | int | float) and hasattr(value, "item"):  # a scalar of numpy or torch
         try:
             value = value.item()

@@ -138,6 +138,25 @@ def test_results_have_the_order_of_the_items_whatever_worker_scored_them(open_po
     assert pool.score([]) == []
 
 
+def test_a_reward_of_named_parts_is_their_sum(open_pool):
+    pool = open_pool()
+    whole, one, plain = pool.score(make_items("return {'right':1,'brief':0.5}", "return {'right':np.float32(0.25)}", "return 2"))
+    assert (whole.reward, whole.components, whole.status) == (1.5, {"right": 1.0, "brief": 0.5}, ok)
+    assert (one.reward, one.components) == (0.25, {"right": 0.25})
+    assert (plain.reward, plain.components) == (2.0, {})
+    wrong = ["{}", "{1:2.0}", "{'a':None}", "{'a':1,'b':math.nan}", "{'a':{'b':1}}", "{'a':1e308,'b':1e308}"]
+    results = pool.score(make_items(*(f"return {value}" for value in wrong)))
+    assert {result.status for result in results} == {error}
+    assert [result.message for result in results] == [
+        "returned a dict ({}), whose keys are not names",
+        "returned a dict ({1: 2.0}), whose keys are not names",
+        "returned None for its part a",
+        "returned nan for its part b",
+        "returned a dict ({'b': 1}), not a number or None for its part a",
+        "returned inf",
+    ]
+
+
 def test_cheap_calls_run_by_the_thousand_per_second(open_pool):
     pool = open_pool("number", num_workers=2)
     items = make_items(*map(str, range(4000)))
