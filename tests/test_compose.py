@@ -114,7 +114,7 @@ def test_tables_take_new_keys(own: list[str]):
         ("experiment_name=[a]", "experiment_name=[a]: not text. Write experiment_name=quickstart."),
         ("cluster.num_cpus=all", "cluster.num_cpus=all: not a whole number or null. Write cluster.num_cpus=null."),
         ("experiment=grpoo", "experiment=grpoo: no such choice. Did you mean grpo? Choices: "),
-        ("divergence=null", "divergence=null: no such choice. Choices: none, reverse_kl."),
+        ("divergence=null", "divergence=null: no such choice. Choices: none, reverse_kl, forward_kl, "),
         (
             "divergence.coef=0.1",
             "divergence.coef: divergence=none has no settings. Write divergence=reverse_kl divergence.coef=0.1, or",
@@ -136,7 +136,8 @@ def test_an_override_that_does_not_fit_is_refused_with_what_to_write(override: s
 def test_a_misspelt_choice_hides_no_other_problem_and_invents_none(own: list[str]):
     # divergence.coef exists in some divergence, so nothing is said about it until the choice is spelt right.
     assert refused("divergence=reverse_k", "divergence.coef=1", "divergence.coeff=1", "seed=x").splitlines()[1:] == [
-        "  divergence=reverse_k: no such choice. Did you mean reverse_kl? Choices: none, reverse_kl.",
+        "  divergence=reverse_k: no such choice. Did you mean reverse_kl? Choices: none, reverse_kl, forward_kl, rapo, jensen_shannon, generalized_js, alpha, total_variation, "
+        "chi2_policy_ref, chi2_ref_policy, squared_hellinger, jeffreys, renyi, cauchy_schwarz, sinkhorn.",
         "  divergence.coeff: no such setting. Did you mean divergence.coef?",
         "  seed=x: not a whole number. Write seed=0.",
     ]

@@ -182,7 +182,8 @@ def test_all_problems_come_in_one_report():
         "reward.fn=expresions",
     )
     assert report == [
-        "divergence=revers_kl: no such choice. Did you mean reverse_kl? Choices: none, reverse_kl.",
+        "divergence=revers_kl: no such choice. Did you mean reverse_kl? Choices: none, reverse_kl, forward_kl, rapo, jensen_shannon, generalized_js, alpha, total_variation, "
+        "chi2_policy_ref, chi2_ref_policy, squared_hellinger, jeffreys, renyi, cauchy_schwarz, sinkhorn.",
         "seed=x: not a whole number. Write seed=0.",
         "num_step: no such setting. Did you mean num_steps?",
         "reward.timeout_s=-1.0: no time to answer. Write seconds above 0; 10 is usual.",
@@ -390,7 +391,8 @@ def test_yaml_names_the_choice_of_every_group():
     read = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
     assert isinstance(read, dict)
     assert {group: read[group]["choice"] for group in CHOICES}["divergence"] == "reverse_kl"
-    assert read["divergence"] == {"choice": "reverse_kl", "coef": 0.05, "estimator": "score"}
+    usual = {"coef": 0.05, "estimator": "score", "place": "loss", "top_k": 0, "allow_biased": False}
+    assert read["divergence"] == {"choice": "reverse_kl", **usual}
 
 
 @dataclass(kw_only=True, slots=True)

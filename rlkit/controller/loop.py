@@ -53,6 +53,7 @@ from rlkit.controller.sampling import Sampled, Sampler
 from rlkit.controller.tracking import Tracker
 from rlkit.controller.turns import ByTurns, SideBySide
 from rlkit.core.aepo import Aepo
+from rlkit.core.divergences import Penalty
 from rlkit.core.loss import Knobs
 from rlkit.core.recap import SUPERVISED
 from rlkit.core.rehearsal import BaseAnswers
@@ -111,6 +112,8 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         tracker = stack.enter_context(Tracker(run_dir, config, resume_after=resume_after))
         if (slow := slow_arithmetic(config.model.dtype)) and not isinstance(config.cluster, ExistingRay):
             tracker.message(slow)
+        if biased := descends_something_else(config):
+            tracker.message(biased)
         for reason in passed_over:
             tracker.message(f"Passed over: {reason}")
         if resume:
@@ -180,6 +183,15 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             ) from None
         except WorkerError as error:
             raise type(error)(f"{error} {how}") from error
+
+
+def descends_something_else(config: RunConfig) -> str:
+    """What to tell whoever reads the divergence's name; empty where it is true."""
+    divergence = config.divergence
+    if not isinstance(divergence, Penalty) or divergence.verdict.is_right:
+        return ""
+    leave = " (divergence.allow_biased=true)" if divergence.allow_biased else ""
+    return f"divergence.estimator={divergence.estimator.name}: descends {divergence.verdict.of}, not {divergence.name}{leave}."
 
 
 def check_context(config: RunConfig, folder: str) -> None:
