@@ -29,6 +29,9 @@ TRAINED = [
     "learner=lora entropy=siren entropy.scope=micro advantage_weights=stcr divergence=reverse_kl divergence_weights=dads",
     "max_staleness=1 correction=decoupled_ppo selector=clip_cov token_weight=steer entropy=bonus",
     "control=dual control.target=0.02 divergence=reverse_kl divergence.estimator=k2 objective=reinforce advantage=gpg",
+    "reference=ema divergence=reverse_kl divergence.estimator=exact learner=lora max_staleness=1",
+    "reference=bema reference.every=1 safeguard=entropy_gated divergence=reverse_kl anchor=old_policy epochs_per_batch=2",
+    "reference=refresh reference.every=1 reference.reset_optimizer=true divergence=reverse_kl optimizer=sgd tempering=aepo",
 ]
 
 REFUSED = {
@@ -43,6 +46,10 @@ REFUSED = {
     "divergence_weights=dads": "divergence_weights=dads: there is no divergence for it to act on",
     "selector=kl_cov objective=clipped": "selector=kl_cov: its pull takes a clip's place",
     "entropy=siren divergence=reverse_kl control=pid control.target=1": "control=pid: it moves one coefficient",
+    "reference=ema": "reference=ema: nothing that is chosen compares the policy with a reference. Write divergence=reverse_kl",
+    "anchor=old_policy": "anchor=old_policy: with one optimiser step per batch the policy is the old one",
+    "anchor=old_policy epochs_per_batch=2 max_staleness=1": "anchor=old_policy: it holds to the policy before the update, and max",
+    "anchor=old_policy epochs_per_batch=2 correction=bypass": "anchor=old_policy: it holds to the policy before the update",
 }
 
 

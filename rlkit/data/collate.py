@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -56,9 +57,10 @@ def collate(
     *,
     ref_logprobs: Sequence[np.ndarray] | None = None,
     ref_hidden: Sequence[np.ndarray] | None = None,
+    ref_version: int | None = None,
 ) -> TrainBatch:
     """One padded batch, with advantages of 0 until they are known; `ref_logprobs` [T] and `ref_hidden` [T, H] come per rollout,
-    as scorers return them."""
+    as scorers return them, of one version of the reference."""
     mask, sequences = response_mask(rollouts), sequences_of(rollouts)
     width = mask.shape[1]
     hidden = None
@@ -78,7 +80,16 @@ def collate(
         rollout_logprobs=pad_rows([rollout.rollout_logprobs for rollout in rollouts], torch.float32, width=width),
         ref_logprobs=None if ref_logprobs is None else pad_rows(ref_logprobs, torch.float32, width=width),
         ref_hidden=hidden,
+        ref_version=None if ref_version is None else torch.full((len(rollouts),), ref_version),
     )
+
+
+def with_reference(rollouts: Sequence[Rollout], batch: TrainBatch) -> list[Rollout]:
+    """Rollouts, those among them that are rows of `batch` with the version of the reference that they were compared with."""
+    if batch.ref_version is None:
+        return list(rollouts)
+    versions = dict(zip(batch.sample_ids, batch.ref_version.tolist(), strict=True))
+    return [replace(rollout, ref_version=versions.get(rollout.sample_id)) for rollout in rollouts]
 
 
 def minibatches(batch: TrainBatch, count: int, *, seed: int) -> list[TrainBatch]:
