@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "rlkit"
 REQUIRED = {"data.path": "data.path=rows.jsonl", "data.task": "data.task=chain_sum", "reward.fn": "reward.fn=expressions"}
 REQUIRED |= {"model.path": "model.path=tiny", "control.target": "control.target=0.1"}
 REQUIRED |= {"control.updates": "control.updates=[10]", "control.coefs": "control.coefs=[0.01]"}
-REQUIRED |= {"reference.path": "reference.path=tiny", "reference.paths": "reference.paths=[one,other]"}
+REQUIRED |= {"reference.path": "reference.path=other", "reference.paths": "reference.paths=[one,other]"}
 
 
 @pytest.fixture

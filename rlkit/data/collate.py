@@ -65,9 +65,9 @@ def collate(
     width = mask.shape[1]
     hidden = None
     if ref_hidden is not None:
-        hidden = torch.zeros(len(rollouts), width, ref_hidden[0].shape[1])
+        hidden = np.zeros((len(rollouts), width, ref_hidden[0].shape[1]), dtype=np.float32)
         for index, row in enumerate(ref_hidden):
-            hidden[index, : len(row)] = torch.from_numpy(row)
+            hidden[index, : len(row)] = row
     return TrainBatch(
         sample_ids=tuple(rollout.sample_id for rollout in rollouts),
         input_ids=sequences.input_ids,
@@ -79,7 +79,7 @@ def collate(
         turns=pad_rows([rollout.turn_index for rollout in rollouts], torch.int64, width=width),
         rollout_logprobs=pad_rows([rollout.rollout_logprobs for rollout in rollouts], torch.float32, width=width),
         ref_logprobs=None if ref_logprobs is None else pad_rows(ref_logprobs, torch.float32, width=width),
-        ref_hidden=hidden,
+        ref_hidden=None if hidden is None else torch.from_numpy(hidden),
         ref_version=None if ref_version is None else torch.full((len(rollouts),), ref_version),
     )
 
