@@ -245,6 +245,8 @@ def resumed_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
             raise ConfigError(f"{key}: a run that is resumed keeps its {key}. Start a new run, from the checkpoint if you like.")
     if type(now.optimizer) is not type(before.optimizer):
         raise ConfigError("optimizer: a run that is resumed keeps its optimiser, whose state is in the checkpoint.")
+    if type(now.reference) is not type(before.reference):
+        raise ConfigError("reference: a run that is resumed keeps its reference. Start a new run, from the checkpoint if you like.")
     for key in ("lora_rank", "lora_alpha", "target_modules"):  # None: not of this learner
         if getattr(now.learner, key, None) != getattr(before.learner, key, None):
             raise ConfigError(f"learner.{key}: a run that is resumed keeps its adapters. Start a new run, from the checkpoint.")
@@ -260,6 +262,7 @@ def rehearse(config: RunConfig) -> None:
     """`dry_run=true`: everything short of starting a worker. The model's files, the reward function and every row are looked at."""
     from rlkit.data.models.loading import load_tokenizer, num_parameters, resolve
     from rlkit.data.models.lora import num_adapter_parameters
+    from rlkit.data.models.reference import check_reference, held_models
     from rlkit.data.prompts import load_prompts
     from rlkit.data.rewards.pool import RewardPool
     from rlkit.schedule import schedule
@@ -267,7 +270,9 @@ def rehearse(config: RunConfig) -> None:
 
     folder = resolve(config.model.path)
     adapters = num_adapter_parameters(folder, config.learner) if isinstance(config.learner, LoraLearner) else 0
-    print(schedule(config, num_parameters(folder), adapters))
+    check_reference(config)
+    scored = sum(num_parameters(each) for each in held_models(config))
+    print(schedule(config, num_parameters(folder), adapters, scored))
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     with RewardPool(config.reward, base_dir=Path.cwd()) as rewards:
         columns = rewards.signature.columns

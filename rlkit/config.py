@@ -32,6 +32,7 @@ from rlkit.core.advantages import (
     ReinforcePlusPlusBaseline,
 )
 from rlkit.core.aepo import Aepo, NoTempering, Tempering
+from rlkit.core.anchors import Anchor, NoAnchor, OldPolicyAnchor
 from rlkit.core.apo import DifficultyAdaptiveDivergence, NoResponseWeights, ResponseWeights, TrajectoryComplexity
 from rlkit.core.control import Control, Controlled, Fixed
 from rlkit.core.control import Schedule as ControlSchedule
@@ -77,6 +78,17 @@ from rlkit.core.ratios import (
 )
 from rlkit.core.recap import NoObjectiveWeights, ObjectiveWeights, Recap, RecapCode
 from rlkit.core.reduce import Aggregation
+from rlkit.core.references import (
+    BEMAReference,
+    EMAReference,
+    GeometricMixture,
+    InitialReference,
+    ModelReference,
+    Reference,
+    Refresh,
+    SoftRefresh,
+    Soup,
+)
 from rlkit.core.rehearsal import BaseAnswers, NoRehearsal, Rehearsal
 from rlkit.core.replay import BufferReplay, NoReplay, Replay, StoredReplay, ZeroVarianceReplay
 from rlkit.core.safe import Asymmetric, EntropyGated, KLMode, KLPenalty, NoSafeguard, Safeguard
@@ -99,7 +111,6 @@ from rlkit.settings import (
     FileTracking,
     HeldOut,
     HuggingFaceData,
-    InitialReference,
     InProcess,
     JsonlData,
     Learner,
@@ -112,7 +123,6 @@ from rlkit.settings import (
     Placement,
     RaySettings,
     ReasoningGymData,
-    Reference,
     Reward,
     RolloutEngine,
     Sgd,
@@ -166,6 +176,7 @@ class RunConfig:
     rehearsal: Rehearsal = MISSING
     divergence: Divergence = MISSING
     divergence_weights: ResponseWeights = MISSING
+    anchor: Anchor = MISSING
     safeguard: Safeguard = MISSING
     entropy: EntropyTerm = MISSING
     selector: Selector = MISSING
@@ -215,6 +226,7 @@ class RunConfig:
             imitation=self.imitation,
             rehearsal=self.rehearsal,
             critic=self.critic,
+            anchor=self.anchor,
             aggregation=self.aggregation,
         )
 
@@ -371,6 +383,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "sinkhorn": Sinkhorn,
     },
     "divergence_weights": {"none": NoResponseWeights, "dads": DifficultyAdaptiveDivergence},
+    "anchor": {"none": NoAnchor, "old_policy": OldPolicyAnchor},
     "safeguard": {"none": NoSafeguard, "entropy_gated": EntropyGated, "asymmetric": Asymmetric},
     "entropy": {"none": NoEntropy, "bonus": EntropyBonus, "siren": Siren, "epo": Epo},
     "selector": {"none": NoSelector, "clip_cov": ClipCov, "kl_cov": KLCov},
@@ -383,7 +396,16 @@ CHOICES: dict[str, dict[str, type]] = {
     "threshold_control": {name: cls for name, cls in CONTROLS.items() if cls is not Skywork},
     "replay": {"none": NoReplay, "buffer": BufferReplay, "zero_variance": ZeroVarianceReplay},
     "objective_weights": {"none": NoObjectiveWeights, "recap": Recap, "recap_code": RecapCode},
-    "reference": {"initial": InitialReference},
+    "reference": {
+        "initial": InitialReference,
+        "model": ModelReference,
+        "soup": Soup,
+        "geometric_mixture": GeometricMixture,
+        "refresh": Refresh,
+        "soft_refresh": SoftRefresh,
+        "ema": EMAReference,
+        "bema": BEMAReference,
+    },
     "teacher": {"none": NoTeacher},
     "evaluation": {"none": NoEvaluation, "held_out": HeldOut},
     "cluster": {"local": LocalRay, "ray": ExistingRay, "inprocess": InProcess},
@@ -552,6 +574,10 @@ def _what_to_write(key: str, group: DictConfig) -> str:
             return " Write data.path=file."
         case "data.task":
             return " Write data.task=chain_sum, or another task of reasoning-gym."
+        case "reference.path":
+            return " Write reference.path=folder-or-hub-id."
+        case "reference.paths":
+            return " Write reference.paths=[first-folder,second-folder]."
         case "model.path":
             return " Write model=tiny, model=smollm2_135m, or model.path=folder-or-hub-id."
         case _:
@@ -600,6 +626,7 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
     yield from _divergence_problems(config)
     yield from _control_problems(config)
     yield from _replay_problems(config)
+    yield from _reference_problems(config)
     critic = choice_of("critic", config.critic)
     if "values" in config.advantage.needs and critic == "none":
         yield f"critic=none: advantage={advantage} is computed from a critic's values. Write critic=value_model."
@@ -701,6 +728,34 @@ def _divergence_problems(config: RunConfig) -> Iterator[str]:
         yield (
             "safeguard.kl_mode=direct: it needs the KL of a whole optimiser step at once, and a step is computed in microbatches. "
             "Write safeguard.kl_mode=linearised, which has the same gradient at the measured KL."
+        )
+
+
+def _reference_problems(config: RunConfig) -> Iterator[str]:
+    """A reference is kept for what compares with it. What its models must share, `data/models/reference.py` looks at."""
+    reference = choice_of("reference", config.reference)
+    if reference != "initial" and "ref_logprobs" not in config.needs:
+        yield (
+            f"reference={reference}: nothing that is chosen compares the policy with a reference. Write divergence=reverse_kl, or "
+            "reference=initial."
+        )
+    if not isinstance(config.anchor, NoAnchor):
+        yield from _anchor_problems(config)
+
+
+def _anchor_problems(config: RunConfig) -> Iterator[str]:
+    """The old policy is an anchor while it is another than the one that learns, and known."""
+    anchor = choice_of("anchor", config.anchor)
+    if config.optimizer_steps_per_step == 1:
+        yield (
+            f"anchor={anchor}: with one optimiser step per batch the policy is the old one wherever the two are compared, and "
+            "nothing pulls. Write optimizer_steps_per_batch=2 or more, or anchor=none."
+        )
+    if config.compares_with_sampler or config.max_staleness > 0:
+        yield (
+            f"anchor={anchor}: it holds to the policy before the update, and max_staleness={config.max_staleness} with correction="
+            f"{choice_of('correction', config.correction)} learns from samples of another. Write max_staleness=0 and "
+            "correction=none, or anchor=none."
         )
 
 

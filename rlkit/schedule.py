@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlkit.config import RunConfig, choice_of, to_yaml
+from rlkit.core.references import MovingReference
 from rlkit.settings import Dtype, HeldOut
 
 MIB = 2**20
@@ -10,10 +11,11 @@ BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 LEARNER_BYTES = 16  # of one parameter: float32 weight, gradient and AdamW's two moments
 
 
-def schedule(config: RunConfig, num_parameters: int, num_adapter_parameters: int = 0) -> str:
+def schedule(config: RunConfig, num_parameters: int, num_adapter_parameters: int = 0, num_reference_parameters: int = 0) -> str:
     """Prompts, samples, tokens, updates, workers and their memory in a few lines, then every setting as YAML.
 
     `num_adapter_parameters`: where it is not 0, they are all that is trained, and the model is frozen.
+    `num_reference_parameters`: of the models that a reference holds; where it is 0, as the policy's.
     """
     facts = [
         ("policy", f"{config.model.path}, {config.model.dtype.name}"),
@@ -22,7 +24,7 @@ def schedule(config: RunConfig, num_parameters: int, num_adapter_parameters: int
         ("whole run", _run(config)),
         ("evaluation", _evaluation(config)),
         ("workers", _workers(config)),
-        ("memory", _memory(config, num_parameters, num_adapter_parameters)),
+        ("memory", _memory(config, num_parameters, num_adapter_parameters, num_reference_parameters)),
     ]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:<{width}}  {text}" for name, text in facts]
@@ -75,7 +77,7 @@ def _workers(config: RunConfig) -> str:
     return f"{', '.join(workers)}; cluster={choice_of('cluster', config.cluster)}, placement={config.placement.name}"
 
 
-def _memory(config: RunConfig, num_parameters: int, num_adapter_parameters: int) -> str:
+def _memory(config: RunConfig, num_parameters: int, num_adapter_parameters: int, num_reference_parameters: int) -> str:
     """Of each worker, without activations, whose size depends on the model's code."""
     ranks, dtype = config.learner.num_ranks, config.model.dtype
     weights = num_parameters * BYTES[dtype]
@@ -85,9 +87,18 @@ def _memory(config: RunConfig, num_parameters: int, num_adapter_parameters: int)
     cache = getattr(config.rollout, "kv_cache_mib", 0) * MIB
     parts = [f"{_mib(weights + cache)} per engine", f"{_mib(learner)} and activations per learner rank"]
     if "ref_logprobs" in config.needs:
-        parts.append(f"{_mib(weights + config.learner.head_memory_mib * MIB)} for the reference")
+        parts.append(f"{_mib(_reference(config, num_reference_parameters or num_parameters))} for the reference")
     adapters = f", and {num_adapter_parameters / 1e6:,.2f} M of adapters" if num_adapter_parameters else ""
     return f"about {', '.join(parts)} ({num_parameters / 1e6:,.1f} M parameters{adapters})"
+
+
+def _reference(config: RunConfig, num_parameters: int) -> float:
+    """Bytes: its weights; where it moves and computes in less than float32, those in float32; and what its rule remembers."""
+    dtype, each = config.model.dtype, BYTES[config.model.dtype]
+    if isinstance(config.reference, MovingReference):
+        exact = BYTES[Dtype.float32]
+        each += (0 if dtype is Dtype.float32 else exact) + (exact if config.reference.has_average else 0)
+    return num_parameters * each + config.learner.head_memory_mib * MIB
 
 
 def _mib(size: float) -> str:

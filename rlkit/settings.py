@@ -347,16 +347,6 @@ class Sgd(Optimizer):
 
 
 @dataclass(kw_only=True, slots=True)
-class Reference:
-    """Base of the references that divergences are measured against."""
-
-
-@dataclass(kw_only=True, slots=True)
-class InitialReference(Reference):
-    """The model that the run starts from, frozen. No worker starts unless a strategy needs it."""
-
-
-@dataclass(kw_only=True, slots=True)
 class Evaluation:
     """Base of the evaluations."""
 

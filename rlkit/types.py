@@ -191,6 +191,7 @@ class TrainBatch:
     old_logprobs: Tensor | None = None  # [B, T] float32; None: one optimiser step per batch, so they are logprobs.detach()
     ref_logprobs: Tensor | None = None  # [B, T] float32
     ref_hidden: Tensor | None = None  # [B, T, H]: the reference's last hidden states, for exact divergences
+    ref_version: Tensor | None = None  # [B] int64: of the reference that these two are of
     rewards: Tensor | None = None  # [B] float32, as the reward function gave them
     old_values: Tensor | None = None  # [B, T] float32: of the critic, that the advantages were computed from
     returns: Tensor | None = None  # [B, T] float32: the critic's targets
@@ -237,6 +238,18 @@ class TrainBatch:
     @property
     def sequences(self) -> Sequences:
         return Sequences(input_ids=self.input_ids, prompt_lengths=self.prompt_lengths, response_lengths=self.response_lengths)
+
+    def check_reference(self, version: int) -> None:
+        """Raises DataError where a row was compared with another version of the reference than `version`."""
+        if self.ref_logprobs is None and self.ref_hidden is None:
+            return
+        if self.ref_version is None:
+            raise DataError("TrainBatch.ref_logprobs do not say which reference they are of. Pass ref_version to collate.")
+        if (others := self.ref_version[self.ref_version != version]).numel():
+            raise DataError(
+                f"TrainBatch.ref_logprobs: {len(others)} of {self.num_rows} rows are of version {int(others[0])} of the reference, "
+                f"which is at version {version} now. Score them again: a batch is compared with one reference."
+            )
 
     def select(self, rows: list[int]) -> TrainBatch:
         """These rows, in this order, trimmed to the longest of them."""

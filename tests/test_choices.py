@@ -37,17 +37,14 @@ def test_every_option_has_a_description(described: dict):
 
 def test_a_setting_has_type_default_and_the_comment_beside_it(described: dict):
     settings = {each["name"]: each for each in described["groups"]["divergence"]["reverse_kl"]["settings"]}
-    assert (
-        settings["divergence.coef"]
-        == {
-            "name": "divergence.coef",
-            "type": "a number",
-            "default": 0.05,
-            "required": False,
-            # inherited from the base
+    assert settings["divergence.coef"] == {
+        "name": "divergence.coef",
+        "type": "a number",
+        "default": 0.05,
+        "required": False,
+        # inherited from the base
         "help": "multiplies the term, or the target's temperature; where a controller is chosen, its start",
-        }
-    )
+    }
     assert settings["divergence.estimator"]["type"].startswith("one of score, reference_weighted, naive, k1, k2, k3, k1_weighted")
     assert settings["divergence.estimator"]["default"] == "score"
     (path,) = [each for each in described["groups"]["data"]["jsonl"]["settings"] if each["name"] == "data.path"]

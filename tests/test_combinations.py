@@ -40,6 +40,9 @@ TRAINED = [
     "replay=zero_variance objective=gspo token_filter=none entropy=epo divergence=reverse_kl divergence.estimator=exact",
     "objective_weights=recap objective_weights.apply_to=loss correction=icepop imitation=positive token_weight=steer",
     "objective_weights=recap_code reward.fn=expression_parts replay=zero_variance imitation=positive imitation.above=1.5",
+    "reference=ema divergence=reverse_kl divergence.estimator=exact learner=lora max_staleness=1",
+    "reference=bema reference.every=1 safeguard=entropy_gated divergence=reverse_kl anchor=old_policy epochs_per_batch=2",
+    "reference=refresh reference.every=1 reference.reset_optimizer=true divergence=reverse_kl optimizer=sgd tempering=aepo",
 ]
 
 REFUSED = {
@@ -57,6 +60,10 @@ REFUSED = {
     "entropy=siren divergence_control=pid divergence_control.target=1": "divergence_control=pid: divergence=none has no coef",
     "objective=unclipped threshold_control=doubling threshold_control.target=1": "objective=unclipped has no clip_high",
     "threshold_control=skywork": "threshold_control=skywork: no such choice.",
+    "reference=ema": "reference=ema: nothing that is chosen compares the policy with a reference. Write divergence=reverse_kl",
+    "anchor=old_policy": "anchor=old_policy: with one optimiser step per batch the policy is the old one",
+    "anchor=old_policy epochs_per_batch=2 max_staleness=1": "anchor=old_policy: it holds to the policy before the update, and max",
+    "anchor=old_policy epochs_per_batch=2 correction=bypass": "anchor=old_policy: it holds to the policy before the update",
 }
 
 

@@ -136,7 +136,8 @@ def test_an_override_that_does_not_fit_is_refused_with_what_to_write(override: s
 def test_a_misspelt_choice_hides_no_other_problem_and_invents_none(own: list[str]):
     # divergence.coef exists in some divergence, so nothing is said about it until the choice is spelt right.
     assert refused("divergence=reverse_k", "divergence.coef=1", "divergence.coeff=1", "seed=x").splitlines()[1:] == [
-        "  divergence=reverse_k: no such choice. Did you mean reverse_kl? Choices: none, reverse_kl, forward_kl, rapo, jensen_shannon, generalized_js, alpha, total_variation, "
+        "  divergence=reverse_k: no such choice. Did you mean reverse_kl? Choices: none, reverse_kl, forward_kl, rapo, "
+        "jensen_shannon, generalized_js, alpha, total_variation, "
         "chi2_policy_ref, chi2_ref_policy, squared_hellinger, jeffreys, renyi, cauchy_schwarz, sinkhorn.",
         "  divergence.coeff: no such setting. Did you mean divergence.coef?",
         "  seed=x: not a whole number. Write seed=0.",

@@ -1,8 +1,8 @@
 """Writes checkpoints so that a reader never meets half of one, and finds the newest that is whole.
 
 A checkpoint is a folder in Hugging Face format, which transformers, vLLM and `rlkit eval` load as it is, with what a run needs
-to go on beside it: `state/` (the learner's float32 weights and optimiser state by rank, the controller's progress as JSON) and,
-written last, `manifest.json` with the size and SHA-256 of every other file. Nothing in it is a pickle.
+to go on beside it: `state/` (the learner's float32 weights and optimiser state by rank, a reference that moves, the controller's
+progress as JSON) and, written last, `manifest.json` with the size and SHA-256 of every other file. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlkit.controller.fleet import Learners
+from rlkit.controller.fleet import Learners, ReferenceScorer
 from rlkit.controller.sampling import Sampled
 from rlkit.controller.tracking.files import read_rollouts, write_rollouts
 from rlkit.data.buffer import ReplayBuffer
@@ -44,6 +44,7 @@ def save_checkpoint(
     progress: dict[str, Any],
     ahead: Mapping[int, Sampled] | None = None,
     buffer: ReplayBuffer | None = None,
+    reference: ReferenceScorer | None = None,
 ) -> Path:
     """Everything under checkpoints/step_000123, by a temporary name and a rename. Raises ResourceError when it cannot be written.
 
@@ -58,6 +59,8 @@ def save_checkpoint(
         remove_unfinished(run_dir)
         temporary.mkdir(parents=True)
         learner.save(str(temporary.resolve()))
+        if reference is not None:
+            reference.save(str(temporary.resolve()))
         (temporary / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
         for later, sampled in (ahead or {}).items():
             write_rollouts(temporary / "state" / f"ahead_{later:06d}.parquet", sampled.rollouts, [math.nan] * len(sampled.rollouts))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +20,10 @@ from rlkit.controller.placement import engine_seat, rank_seat, scorer_seat
 from rlkit.controller.turns import Turns
 from rlkit.core.loss import Knobs
 from rlkit.core.reduce import Denominators
+from rlkit.core.references import GeometricMixture, ModelReference, MovingReference, Refresh, Soup
 from rlkit.data.collate import split_ranks
 from rlkit.data.models.loading import resolve
+from rlkit.data.models.reference import other_models
 from rlkit.errors import ConfigError, ResourceError
 from rlkit.metrics import merge
 from rlkit.settings import AsyncVllmEngine, Placement, TransformersEngine, VllmEngine, WeightTransport
@@ -27,7 +31,7 @@ from rlkit.types import Completion, Rollout, SampleRequest, SamplingSpec, StepSt
 from rlkit.workers.handle import Handle, Pending, Rank, wait
 from rlkit.workers.native_transfer import GRACE_S, NativeTransport
 from rlkit.workers.rollout.engine import EngineSpec
-from rlkit.workers.scorer import ScorerSpec, Scores
+from rlkit.workers.scorer import Move, ScorerSpec, Scores
 from rlkit.workers.weight_sync import HostTransport, Manifest, Transport
 
 ENGINE_CLASSES = {
@@ -202,8 +206,11 @@ class Learners:
                 out.setdefault(name, torch.zeros(batch.response_mask.shape))[rows, : values.shape[1]] = values
         return out
 
-    def set_reference_head(self, head: np.ndarray) -> None:
-        self._all("set_reference_head", head)
+    def set_reference_head(self, head: Pending, version: int) -> None:
+        self._all("set_reference_head", head, version)
+
+    def reset_optimizer(self) -> None:
+        self._all("reset_optimizer")
 
     def check_shared(self, file: Path) -> None:
         """Raises ResourceError where a rank does not find a file of the run folder, in which every rank saves its part."""
@@ -229,6 +236,14 @@ class Learners:
 
     def export_part(self, index: int, version: int) -> Pending:
         self._turns.sync()
+        return self._export(index, version)
+
+    def export_to_reference(self, index: int, version: int) -> Pending:
+        """As `export_part`, without room for the weights of engines."""
+        self._turns.learn()
+        return self._export(index, version)
+
+    def _export(self, index: int, version: int) -> Pending:
         first, *others = [handle.call("export_part", index, version) for handle in self._handles]
         # Kept until the manifest waits for them: Ray may drop a call whose result nobody holds, and the gather would then
         # wait for that rank for ever.
@@ -269,29 +284,97 @@ class Learners:
 
 
 class ReferenceScorer:
-    """The frozen reference."""
+    """The reference, frozen or following the policy. What it says is of one version of its weights at any time."""
 
     def __init__(self, config: RunConfig, cluster: Cluster):
-        spec = ScorerSpec(
-            model_path=resolve(config.model.path),
-            dtype=config.model.dtype.value,
-            trust_remote_code=config.model.trust_remote_code,
-            tokens_per_microbatch=config.learner.tokens_per_microbatch,
-            head_memory_mib=config.learner.head_memory_mib,
-        )
+        reference = config.reference
+        self._rule = reference if isinstance(reference, MovingReference) else None
         self._temperature = config.rollout.temperature
         self._with_hidden = "ref_hidden" in config.needs
         self._deadline_s = config.learner.deadline_s
+        self.version = 0  # how many times it has moved
+        self._moved_at = 0  # step of the last time
+        spec = scorer_spec(config)
         self._handle: Handle = cluster.worker(
             ("scorer", spec), "reference scorer", "rlkit.workers.scorer:Scorer", spec, seat=scorer_seat(config)
         )
+        self._beginning: Pending | None = self._handle.call("begin", self._rule)
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        pending = self._handle.call("score", rollouts, temperature=self._temperature, with_hidden=self._with_hidden)
-        return pending.result(self._deadline_s)
+        scores: Scores = self._call("score", rollouts, temperature=self._temperature, with_hidden=self._with_hidden)
+        assert scores.ref_version == self.version
+        return scores
 
-    def head(self) -> np.ndarray:
-        return self._handle.call("head").result(START_DEADLINE_S)
+    def send_head(self, learner: Learners) -> None:
+        """What the learner needs of this version for exact divergences; nothing where there are none."""
+        if self._with_hidden:
+            self._wait_for_start()
+            learner.set_reference_head(self._handle.call("head"), self.version)
+
+    def follow(self, learner: Learners, step: int) -> dict[str, float]:
+        """After `step`, move as the rule says; weights go from the learner to the scorer some layers at a time, as to an engine.
+
+        Before the engines are brought up to date, while shared devices still are the learner's.
+        """
+        if self._rule is None:
+            return {}
+        metrics = {}
+        if self._rule.due(step):
+            self._wait_for_start()
+            receiving = [
+                self._handle.call("receive", learner.export_to_reference(index, step)) for index in range(learner.num_parts())
+            ]
+            wait(receiving, self._deadline_s)
+            move: Move = self._call("commit", learner.manifest(step))
+            self.version, self._moved_at = move.ref_version, step
+            self.send_head(learner)
+            if isinstance(self._rule, Refresh) and self._rule.reset_optimizer:
+                learner.reset_optimizer()
+            metrics["reference/distance"] = move.distance
+        return metrics | {"reference/version": float(self.version), "reference/age": float(step - self._moved_at)}
+
+    def save(self, folder: str) -> None:
+        """Into a checkpoint; a frozen one leaves nothing there."""
+        if self._rule is not None:
+            self._call("save", folder)
+
+    def restore(self, folder: str) -> None:
+        """What `save` wrote."""
+        if self._rule is not None:
+            self.version, self._moved_at = self._call("restore", folder)
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        self._wait_for_start()
+        return self._handle.call(method, *args, **kwargs).result(self._deadline_s)
+
+    def _wait_for_start(self) -> None:
+        """It starts beside the engines; whoever needs it first waits."""
+        beginning, self._beginning = self._beginning, None
+        if beginning is not None:
+            beginning.result(START_DEADLINE_S)
+
+
+def scorer_spec(config: RunConfig) -> ScorerSpec:
+    """What the reference is built from."""
+    reference = config.reference
+    folders = [folder for _, folder in other_models(reference)]
+    policy = resolve(config.model.path)
+    spec = ScorerSpec(
+        model_path=policy,
+        dtype=config.model.dtype.value,
+        trust_remote_code=config.model.trust_remote_code,
+        tokens_per_microbatch=config.learner.tokens_per_microbatch,
+        head_memory_mib=config.learner.head_memory_mib,
+    )
+    match reference:
+        case ModelReference():
+            return replace(spec, model_path=folders[0])
+        case Soup():
+            return replace(spec, model_path=folders[0], soup=tuple(zip(folders, reference.shares, strict=True)))
+        case GeometricMixture():
+            return replace(spec, second_path=folders[0], second_share=reference.share)
+        case _:
+            return spec
 
 
 def weight_transport(config: RunConfig, learner: Learners, engines: Engines) -> Transport:

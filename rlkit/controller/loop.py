@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlkit.config import RunConfig, choice_of
 from rlkit.controller.checkpoint import (
+    Checkpoint,
     checkpoint_folder,
     newest_valid,
     prune,
@@ -40,10 +41,10 @@ from rlkit.controller.preparation import (
     joined,
     narrow,
     shaped_rewards,
+    sharpened,
     weigh,
     with_advantages,
     with_effective_sample_size,
-    with_reference,
 )
 from rlkit.controller.progress import Progress
 from rlkit.controller.rehearsal import Answers, sample_answers
@@ -59,9 +60,10 @@ from rlkit.core.recap import SUPERVISED
 from rlkit.core.rehearsal import BaseAnswers
 from rlkit.core.selectors import covariance_metrics
 from rlkit.data.buffer import ReplayBuffer
-from rlkit.data.collate import collate, minibatches, truncated
+from rlkit.data.collate import collate, minibatches, truncated, with_reference
 from rlkit.data.models.loading import context_length, load_tokenizer, resolve, slow_arithmetic, stop_token_ids
 from rlkit.data.models.lora import adapted_shapes
+from rlkit.data.models.reference import check_reference
 from rlkit.data.order import PromptOrder
 from rlkit.data.prompts import PromptSet, load_prompts
 from rlkit.data.rewards.pool import RewardPool
@@ -95,6 +97,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
     folder = resolve(config.model.path)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     check_context(config, folder)
+    check_reference(config)
     if isinstance(config.learner, LoraLearner):
         adapted_shapes(folder, config.learner)  # refuses what the model has not
     stops = stop_token_ids(folder, tokenizer)
@@ -164,7 +167,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             engines=engines,
             learner=learner,
             transport=weight_transport(config, learner, engines),
-            reference=start_reference(config, cluster, learner),
+            reference=start_reference(config, cluster, learner, found),
             sampler=sampler,
             answers=answers,
             ahead=ahead,
@@ -226,13 +229,14 @@ def base_answers(
     return answers
 
 
-def start_reference(config: RunConfig, cluster: Cluster, learner: Learners) -> ReferenceScorer | None:
-    """A scorer, if a chosen strategy needs one."""
+def start_reference(config: RunConfig, cluster: Cluster, learner: Learners, found: Checkpoint | None) -> ReferenceScorer | None:
+    """A scorer, if a chosen strategy needs one, as it was at the checkpoint."""
     if "ref_logprobs" not in config.needs:
         return None
     reference = ReferenceScorer(config, cluster)
-    if "ref_hidden" in config.needs:
-        learner.set_reference_head(reference.head())
+    if found is not None:
+        reference.restore(str(found.folder.resolve()))
+    reference.send_head(learner)
     return reference
 
 
@@ -283,6 +287,7 @@ class Run:
         if rollouts:
             with clock.time("score"):
                 batch, prepared = self.prepare(chosen.fresh, tempered, chosen.stored)
+            sampled = replace(sampled, rollouts=with_reference(sampled.rollouts, batch))
             advantages = dict(zip(batch.sample_ids, batch.advantages[:, 0].tolist(), strict=True))
             batch = self.with_answers(step, batch)
             with clock.time("learn"):
@@ -294,6 +299,8 @@ class Run:
         else:
             self.tracker.message(f"Step {step}: no group has enough scored samples, so nothing was learnt from it.")
         self.progress.step, self.progress.prompts_drawn = step, self.progress.prompts_drawn + sampled.num_prompts
+        with clock.time("sync"):
+            metrics |= self.follow()
         report = self.sync()
         clock.add("sync", report.sync_s)
         clock.add("sync_check", report.check_s)
@@ -371,8 +378,9 @@ class Run:
             rollouts,
             ref_logprobs=None if scores is None else scores.logprobs,
             ref_hidden=None if scores is None else scores.hidden,
+            ref_version=None if scores is None else scores.ref_version,
         )
-        batch = with_reference(config, batch)
+        batch = sharpened(config, batch)
         if config.measures_policy:
             batch = replace(batch, **self.learner.measure(batch))
         divergence = divergence_part(config, batch, rollouts, self.progress.divergence_coef(config))
@@ -409,6 +417,8 @@ class Run:
     def learn(self, step: int, batch: TrainBatch) -> dict[str, float]:
         """Every optimiser step on one batch of rollouts."""
         config = self.config
+        if self.reference is not None:
+            batch.check_reference(self.reference.version)
         parts: list[dict[str, Metric]] = []
         for epoch in range(config.epochs_per_batch):
             order_seed = (config.seed << 32) + step * config.epochs_per_batch + epoch
@@ -451,6 +461,10 @@ class Run:
         tensors = {field: getattr(batch, field) for field in batch.__slots__ if isinstance(getattr(batch, field), Tensor)}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{name}.safetensors")
         self.tracker.message(f"{name}: loss or gradient not finite; the weights did not move. The batch is in {folder}.")
+
+    def follow(self) -> dict[str, float]:
+        """A reference that moves, after the policy; the next batch is compared with the new version."""
+        return {} if self.reference is None else self.reference.follow(self.learner, self.progress.step)
 
     def sync(self) -> SyncReport:
         """The learner's weights on every engine, proved, before anything else is sampled."""
@@ -515,8 +529,15 @@ class Run:
         last_saved, progress.saved_at = progress.saved_at, progress.step
         progress.note_best()
         try:
-            state = progress.to_json(self.fingerprint)
-            save_checkpoint(self.learner, self.run_dir, progress.step, state, self.ahead.ready(), self.buffer)
+            save_checkpoint(
+                self.learner,
+                self.run_dir,
+                progress.step,
+                progress.to_json(self.fingerprint),
+                self.ahead.ready(),
+                self.buffer,
+                self.reference,
+            )
         except ResourceError as error:
             progress.saved_at = last_saved
             self.failed_saves += 1

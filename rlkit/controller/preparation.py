@@ -33,7 +33,7 @@ def shaped_rewards(config: RunConfig, rollouts: Sequence[Rollout], weights: Mapp
     return rewards
 
 
-def with_reference(config: RunConfig, batch: TrainBatch) -> TrainBatch:
+def sharpened(config: RunConfig, batch: TrainBatch) -> TrainBatch:
     """The batch with the reference as its divergence takes it: of hidden states times x the head makes logits times x."""
     if batch.ref_hidden is None or batch.rewards is None or (sharpness := config.divergence.sharpness(batch.rewards)) is None:
         return batch

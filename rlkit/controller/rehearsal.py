@@ -39,6 +39,8 @@ class Answers:
         rows = collate([self.rollouts[index] for index in drawn])
         stored = pad_rows([self.logprobs[index] for index in drawn], rows.rollout_logprobs.dtype, width=rows.response_mask.shape[1])
         rows = replace(rows, rehearsal_mask=rows.response_mask, response_mask=rows.response_mask & False, stored_logprobs=stored)
+        if batch.ref_version is not None:  # no term compares these rows with the reference, whichever it is
+            rows = replace(rows, ref_version=batch.ref_version[:1].repeat(len(drawn)))
         return joined_rows(batch, rows)
 
     def save(self, folder: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlkit.core.aepo import Aepo, NoTempering, Tempering
+from rlkit.core.anchors import Anchor, NoAnchor, OldPolicyAnchor
 from rlkit.core.copo import Blend
 from rlkit.core.divergences import Divergence
 from rlkit.core.entropy import EntropyState, EntropyTerm
@@ -55,6 +56,7 @@ class Strategy:
     imitation: Imitation = field(default_factory=NoImitation)
     rehearsal: Rehearsal = field(default_factory=NoRehearsal)
     critic: Critic = field(default_factory=NoCritic)
+    anchor: Anchor = field(default_factory=NoAnchor)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -69,6 +71,7 @@ class Strategy:
             self.imitation,
             self.critic,
             self.tempering,
+            self.anchor,
         )
         return frozenset().union(*(part.needs for part in parts))
 
@@ -82,7 +85,7 @@ class Strategy:
         rehearsal_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Name of every possible term -> the tokens [B, T] bool that its denominators count, over a whole optimiser step."""
-        masks = dict.fromkeys(("divergence", "entropy", "value"), response_mask) | {
+        masks = dict.fromkeys(("divergence", "anchor", "entropy", "value"), response_mask) | {
             "policy": response_mask if keep is None else keep
         }
         if rewards is not None and (imitated := self.imitation.mask(rewards=rewards, response_mask=response_mask)) is not None:
@@ -170,6 +173,10 @@ class Strategy:
             if divergence_weight is not None:
                 divergence_loss = divergence_loss * divergence_weight.unsqueeze(-1)
             terms.append(self._term("divergence", divergence_loss, response_mask, knobs.divergence_coef))
+        anchored = self.anchor.loss(logprobs=logprobs, old_logprobs=old_logprobs, response_mask=response_mask)
+        if anchored is not None:
+            assert isinstance(self.anchor, OldPolicyAnchor)
+            terms.append(self._term("anchor", anchored, response_mask, self.anchor.coef))
         entropy_loss = self.entropy.loss(
             entropy=entropy,
             nucleus_entropy=nucleus_entropy,

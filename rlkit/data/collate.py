@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -58,16 +58,17 @@ def collate(
     *,
     ref_logprobs: Sequence[np.ndarray] | None = None,
     ref_hidden: Sequence[np.ndarray] | None = None,
+    ref_version: int | None = None,
 ) -> TrainBatch:
     """One padded batch, with advantages of 0 until they are known; `ref_logprobs` [T] and `ref_hidden` [T, H] come per rollout,
-    as scorers return them."""
+    as scorers return them, of one version of the reference."""
     mask, sequences = response_mask(rollouts), sequences_of(rollouts)
     width = mask.shape[1]
     hidden = None
     if ref_hidden is not None:
-        hidden = torch.zeros(len(rollouts), width, ref_hidden[0].shape[1])
+        hidden = np.zeros((len(rollouts), width, ref_hidden[0].shape[1]), dtype=np.float32)
         for index, row in enumerate(ref_hidden):
-            hidden[index, : len(row)] = torch.from_numpy(row)
+            hidden[index, : len(row)] = row
     return TrainBatch(
         sample_ids=tuple(rollout.sample_id for rollout in rollouts),
         input_ids=sequences.input_ids,
@@ -79,7 +80,8 @@ def collate(
         turns=pad_rows([rollout.turn_index for rollout in rollouts], torch.int64, width=width),
         rollout_logprobs=pad_rows([rollout.rollout_logprobs for rollout in rollouts], torch.float32, width=width),
         ref_logprobs=None if ref_logprobs is None else pad_rows(ref_logprobs, torch.float32, width=width),
-        ref_hidden=hidden,
+        ref_hidden=None if hidden is None else torch.from_numpy(hidden),
+        ref_version=None if ref_version is None else torch.full((len(rollouts),), ref_version),
     )
 
 
@@ -106,6 +108,14 @@ def joined_rows(first: TrainBatch, second: TrainBatch) -> TrainBatch:
         input_ids=torch.cat([functional.pad(part.input_ids, (0, total - part.input_ids.shape[1])) for part in (first, second)]),
         **{name: both(name) for name in tensors},  # pyright: ignore[reportArgumentType]
     )
+
+
+def with_reference(rollouts: Sequence[Rollout], batch: TrainBatch) -> list[Rollout]:
+    """Rollouts, those among them that are rows of `batch` with the version of the reference that they were compared with."""
+    if batch.ref_version is None:
+        return list(rollouts)
+    versions = dict(zip(batch.sample_ids, batch.ref_version.tolist(), strict=True))
+    return [replace(rollout, ref_version=versions.get(rollout.sample_id)) for rollout in rollouts]
 
 
 def minibatches(batch: TrainBatch, count: int, *, seed: int) -> list[TrainBatch]:

@@ -81,6 +81,7 @@ class Learner:
         self.policy = self._load_policy()
         self.optimizer = make_optimizer(config.optimizer, self.policy_parameters, self.critic_parameters, config.critic)
         self.reference_head: Tensor | None = None
+        self.reference_version = 0  # of the head
         self.num_updates = 0  # optimiser steps attempted: drives the learning-rate schedule
         self.skipped_in_a_row = 0
         self._export_digests: dict[str, str] = {}
@@ -338,9 +339,14 @@ class Learner:
             heads = statistics.value_heads
         return scatter(settings.value(heads), batch)
 
-    def set_reference_head(self, head: np.ndarray) -> None:
-        """The reference's output head [V, H], for exact divergences from its hidden states."""
+    def set_reference_head(self, head: np.ndarray, version: int = 0) -> None:
+        """The reference's output head [V, H], for exact divergences from its hidden states of the same version."""
         self.reference_head = torch.from_numpy(head.copy()).to(self.device)
+        self.reference_version = version
+
+    def reset_optimizer(self) -> None:
+        """Forget its moments and step counts, as before the first step."""
+        self.optimizer.state.clear()
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -361,6 +367,8 @@ class Learner:
         if gradient and batch.ref_hidden is not None:
             if self.reference_head is None or not isinstance(config.divergence, Penalty):
                 raise DataError("A batch carries the reference's hidden states, but the learner has no reference head.")
+            if batch.ref_version is not None:
+                batch.check_reference(self.reference_version)
             divergence = config.divergence
             width = torch.arange(batch.response_mask.shape[1])
             present = width < batch.response_lengths.unsqueeze(1)

@@ -99,9 +99,11 @@ def layer_groups(sizes: Mapping[str, int]) -> list[list[str]]:
     return groups
 
 
-def check_complete(manifest: Manifest, received: Mapping[str, str], expected_names: frozenset[str]) -> None:
+def check_complete(
+    manifest: Manifest, received: Mapping[str, str], expected_names: frozenset[str], *, receiver: str = "the engine"
+) -> None:
     """Check (a). `received`: name -> digest of what arrived. Raises SyncError naming the first offender."""
-    for title, names in (("the engine", frozenset(received)), ("the manifest", frozenset(manifest.digests))):
+    for title, names in ((receiver, frozenset(received)), ("the manifest", frozenset(manifest.digests))):
         if missing := sorted(expected_names - names):
             raise SyncError(
                 f"Weight sync {manifest.version}: {title} got {len(names)} tensors and lacks {len(missing)} of the "

@@ -93,6 +93,7 @@ def outcome(run_dir: str, *, num_steps: int = NUM_STEPS) -> dict:
         "progress": json.loads((last / "state/progress.json").read_text()),
         "learner": json.loads((last / "state/learner.json").read_text()),
         "replay": [file.read_bytes() for file in sorted((last / "state").glob("replay.*"))],
+        "reference": {file.name: file.read_bytes() for file in sorted((last / "state").glob("reference.*"))},
     }
 
 
@@ -201,6 +202,35 @@ def test_what_a_strategy_remembers_is_there_after_a_resume(what, monkeypatch):
     changed = {name for name, value in outcome("run", num_steps=3)["progress"].items() if value != fresh[name]}
     changed |= {name for name in ("replay",) if "replay=" in " ".join(settings) and outcome("run", num_steps=3)[name]}
     assert changed & {"entropy", "safeguard", "tempering", "coefficients", "prompts_drawn", "objectives", "replay"}
+
+
+MOVING = {  # rule -> how it is seen to move in four steps
+    "refresh": ["reference.every=2", "reference.reset_optimizer=true"],
+    "soft_refresh": ["reference.every=3"],
+    "ema": ["reference.decay=0.9"],
+    "bema": ["reference.every=1", "divergence.estimator=exact"],
+}
+
+
+@pytest.mark.parametrize("rule", [pytest.param(rule, marks=() if rule == "bema" else pytest.mark.slow) for rule in MOVING])
+def test_a_reference_that_moves_is_there_after_a_resume(rule, monkeypatch):
+    settings = [f"reference={rule}", "num_steps=4", "checkpoint_every=2", "max_response_tokens=8", *MOVING[rule]]
+    settings += ["evaluation.every=0", "evaluation.num_prompts=1"]
+    start("whole", *settings)
+    with monkeypatch.context() as patch:
+        raise_at(patch, loop.Run, "learn", 4)
+        with pytest.raises(Cut):
+            start("run", *settings)
+    resume("run")
+    whole = outcome("whole", num_steps=4)
+    assert outcome("run", num_steps=4) == whole
+    assert json.loads(whole["reference"]["reference.json"])["ref_version"] >= 1
+
+
+def test_a_run_keeps_its_reference_on_resume(cut_after_six, folder, capsys):
+    shutil.copytree(cut_after_six, folder / "run")
+    assert cli.guard(lambda: cli.dispatch(["train", "resume=run", "reference=ema"])) == 2
+    assert "reference: a run that is resumed keeps its reference" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -6,11 +6,13 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from rlkit.errors import ConfigError, ResourceError
 from rlkit.settings import Dtype
@@ -26,23 +28,23 @@ def cache_dir() -> Path:
     return Path(os.environ.get("RLKIT_CACHE", Path.home() / ".cache" / "rlkit"))
 
 
-def resolve(path: str) -> str:
-    """`model.path` as a folder: a built-in model's name, a folder, or a hub id (downloaded, or found in the hub's cache).
+def resolve(path: str, *, key: str = "model.path") -> str:
+    """A model as a folder: a built-in model's name, a folder, or a hub id (downloaded, or found in the hub's cache).
 
-    Raises ConfigError or ResourceError with what to do instead.
+    `key`: the setting that named it. Raises ConfigError or ResourceError with what to do instead.
     """
     if path == "tiny":
         return str(SHIPPED / "tiny")
     if path == "smollm2_135m":
         folder = cache_dir() / "models" / "smollm2_135m"
         if not (folder / "config.json").exists():
-            raise ResourceError("model=smollm2_135m is not on this machine yet: run `rlkit model fetch smollm2_135m` once.")
+            raise ResourceError(f"{key}=smollm2_135m is not on this machine yet: run `rlkit model fetch smollm2_135m` once.")
         return str(folder)
     if (Path(path) / "config.json").exists():
         return str(Path(path).resolve())
     if path.count("/") != 1 or path.startswith((".", "/", "~")) or Path(path).exists():
         raise ConfigError(
-            f"model.path={path}: no config.json there. Write a folder in Hugging Face format, a hub id such as "
+            f"{key}={path}: no config.json there. Write a folder in Hugging Face format, a hub id such as "
             "Qwen/Qwen3-0.6B, tiny, or smollm2_135m."
         )
     from huggingface_hub import snapshot_download
@@ -52,7 +54,7 @@ def resolve(path: str) -> str:
         return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ResourceError(
-            f"model.path={path}: not a folder here, and the hub could not provide it ({type(error).__name__}). "
+            f"{key}={path}: not a folder here, and the hub could not provide it ({type(error).__name__}). "
             "Check the name and the connection, or write a folder."
         ) from error
 
@@ -82,6 +84,20 @@ def checkpoint_shapes(folder: str) -> dict[str, tuple[int, ...]]:
         with safe_open(file, "pt") as handle:
             shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118  no iterator
     return shapes
+
+
+def checkpoint_tensors(folder: str, names: Iterable[str]) -> dict[str, Tensor]:
+    """These tensors of the checkpoint in `folder`, and no others: a whole model need not fit beside one that runs."""
+    tensors: dict[str, Tensor] = {}
+    left = set(names)
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            here = left & set(handle.keys())
+            tensors |= {name: handle.get_tensor(name) for name in here}
+            left -= here
+    if left:
+        raise ConfigError(f"{folder}: its *.safetensors files lack {min(left)}. Save the whole model again.")
+    return tensors
 
 
 def num_parameters(folder: str) -> int:
