@@ -45,6 +45,7 @@ from rlkit.core.divergences import (
     ChiSquaredPolicyRef,
     ChiSquaredRefPolicy,
     Divergence,
+    FDivergence,
     ForwardKL,
     GeneralizedJensenShannon,
     Jeffreys,
@@ -250,6 +251,12 @@ class RunConfig:
     def trains_on_stale(self) -> bool:
         """Whether some trained tokens may come from an older policy than the one that the update starts from."""
         return self.max_staleness > 0 or isinstance(self.replay, StoredReplay)
+
+    @property
+    def probes_divergence(self) -> bool:
+        """Whether the sampled estimate of the divergence is held against the exact one now and then."""
+        every = self.evaluation.every if isinstance(self.evaluation, HeldOut) else 0
+        return every > 0 and isinstance(self.divergence, FDivergence) and not isinstance(self.reference, GeometricMixture)
 
     @property
     def compares_groups(self) -> bool:

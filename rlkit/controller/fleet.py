@@ -190,6 +190,10 @@ class Learners:
         among them always old_logprobs."""
         return self._per_token("measure", batch, heat)
 
+    def probe(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """The exact divergence at the batch's tokens, and the policy's log-probs of them, [B, T] each."""
+        return self._per_token("probe", batch)
+
     def values(self, batch: TrainBatch) -> dict[str, Tensor]:
         """The critic's, as a field of TrainBatch [B, T]."""
         return self._per_token("values", batch)
@@ -291,6 +295,7 @@ class ReferenceScorer:
         self._rule = reference if isinstance(reference, MovingReference) else None
         self._temperature = config.rollout.temperature
         self._with_hidden = "ref_hidden" in config.needs
+        self._needs_head = self._with_hidden or config.probes_divergence
         self._deadline_s = config.learner.deadline_s
         self.version = 0  # how many times it has moved
         self._moved_at = 0  # step of the last time
@@ -300,14 +305,16 @@ class ReferenceScorer:
         )
         self._beginning: Pending | None = self._handle.call("begin", self._rule)
 
-    def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        scores: Scores = self._call("score", rollouts, temperature=self._temperature, with_hidden=self._with_hidden)
+    def score(self, rollouts: Sequence[Rollout], *, with_hidden: bool | None = None) -> Scores:
+        """with_hidden: None for what the strategies need."""
+        with_hidden = self._with_hidden if with_hidden is None else with_hidden
+        scores: Scores = self._call("score", rollouts, temperature=self._temperature, with_hidden=with_hidden)
         assert scores.ref_version == self.version
         return scores
 
     def send_head(self, learner: Learners) -> None:
         """What the learner needs of this version for exact divergences; nothing where there are none."""
-        if self._with_hidden:
+        if self._needs_head:
             self._wait_for_start()
             learner.set_reference_head(self._handle.call("head"), self.version)
 

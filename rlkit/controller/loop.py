@@ -54,7 +54,7 @@ from rlkit.controller.sampling import Sampled, Sampler
 from rlkit.controller.tracking import Tracker
 from rlkit.controller.turns import ByTurns, SideBySide
 from rlkit.core.aepo import Aepo
-from rlkit.core.divergences import Penalty
+from rlkit.core.divergences import FDivergence, Penalty
 from rlkit.core.loss import Knobs
 from rlkit.core.recap import SUPERVISED
 from rlkit.core.rehearsal import BaseAnswers
@@ -75,6 +75,7 @@ from rlkit.workers.weight_sync import TOLERANCES, SyncReport, Transport, sync_we
 
 MAX_FAILED_SAVES = 2  # in a row
 PROBE_TOKENS = 32  # of a sync check's sequence
+DIVERGENCE_PROBE_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,6 +289,7 @@ class Run:
             with clock.time("score"):
                 batch, prepared = self.prepare(chosen.fresh, tempered, chosen.stored)
             sampled = replace(sampled, rollouts=with_reference(sampled.rollouts, batch))
+            metrics |= self.probe(step, chosen.fresh)
             advantages = dict(zip(batch.sample_ids, batch.advantages[:, 0].tolist(), strict=True))
             batch = self.with_answers(step, batch)
             with clock.time("learn"):
@@ -394,6 +396,28 @@ class Run:
         if num_main:
             self.progress = self.progress.having_seen(config, batch.select([*range(num_main)]) if stored else batch)
         return batch, metrics | dropped | taken | self.progress.metrics(config)
+
+    def probe(self, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """On the steps of evaluations: a few hundred tokens' exact divergence beside the estimate from the tokens alone."""
+        settings, divergence = self.config.evaluation, self.config.divergence
+        if not (self.config.probes_divergence and isinstance(settings, HeldOut) and isinstance(divergence, FDivergence)):
+            return {}
+        if step % settings.every or self.reference is None:
+            return {}
+        lengths = np.cumsum([len(rollout.response_ids) for rollout in rollouts])
+        few = rollouts[: int(np.searchsorted(lengths, DIVERGENCE_PROBE_TOKENS)) + 1]
+        scores = self.reference.score(few, with_hidden=True)
+        batch = collate(few, ref_logprobs=scores.logprobs, ref_hidden=scores.hidden, ref_version=scores.ref_version)
+        found = self.learner.probe(batch)
+        assert batch.ref_logprobs is not None
+        sampled = divergence.value(found["logprobs"] - batch.ref_logprobs)[batch.response_mask]
+        exact = found["exact"][batch.response_mask]
+        return {
+            "divergence/probe_exact": float(exact.mean()),
+            "divergence/probe_sampled": float(sampled.mean()),
+            "divergence/probe_bias": float((sampled - exact).mean()),
+            "divergence/probe_spread": float((sampled - exact).std()),
+        }
 
     def with_answers(self, step: int, batch: TrainBatch) -> TrainBatch:
         """With the stored answers that are rehearsed in this step."""

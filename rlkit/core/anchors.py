@@ -53,4 +53,7 @@ class OldPolicyAnchor(Anchor):
         """ratio * (log ratio - 1) + 1, [B, T], 0 off the mask. Value and gradient are unbiased for the KL under the old policy's
         samples; the gradient is 0 while the policy is the old one."""
         kl = ReverseKL(estimator=Estimator.k3_weighted)
-        return kl.loss(logprobs=logprobs, behaviour_logprobs=old_logprobs, ref_logprobs=old_logprobs, response_mask=response_mask)
+        given = {"behaviour_logprobs": old_logprobs, "ref_logprobs": old_logprobs, "response_mask": response_mask}
+        loss = kl.loss(logprobs=logprobs, **given)
+        assert loss is not None  # it acts in the loss
+        return loss

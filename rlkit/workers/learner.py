@@ -305,6 +305,17 @@ class Learner:
 
         return self._per_token(batch, of)
 
+    def probe(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """Whatever estimator trains: the divergence over the whole vocabulary at this rank's tokens, `exact`, and `logprobs`;
+        [B, T], 0 on padding."""
+
+        def of(part: TrainBatch, layout: Layout) -> dict[str, Tensor]:
+            found = self._forward(part, layout, gradient=False, compares=True)
+            assert found.divergence is not None
+            return {"exact": scatter(found.divergence, part), "logprobs": scatter(found.logprobs, part)}
+
+        return self._per_token(batch, of)
+
     def values(self, batch: TrainBatch) -> dict[str, Tensor]:
         """The critic's values of the states before this rank's tokens, as a field of TrainBatch [B, T], 0 on padding."""
 
@@ -358,13 +369,16 @@ class Learner:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _forward(self, batch: TrainBatch, layout: Layout, *, gradient: bool, heat: float = 1.0) -> PolicyOutput:
-        """Statistics of the batch's response tokens; entropy is always measured when learning."""
+    def _forward(
+        self, batch: TrainBatch, layout: Layout, *, gradient: bool, heat: float = 1.0, compares: bool = False
+    ) -> PolicyOutput:
+        """Statistics of the batch's response tokens; entropy is always measured when learning. compares: with the reference's
+        hidden states also without a gradient."""
         config = self.config
         needs = config.needs
         has_nucleus = ("nucleus_entropy" if gradient else "old_nucleus_entropy") in needs
         divergence = reference = None
-        if gradient and batch.ref_hidden is not None:
+        if (gradient or compares) and batch.ref_hidden is not None:
             if self.reference_head is None or not isinstance(config.divergence, Penalty):
                 raise DataError("A batch carries the reference's hidden states, but the learner has no reference head.")
             if batch.ref_version is not None:

@@ -233,6 +233,26 @@ def test_a_group_with_one_scored_sample_is_dropped_and_counted(make_rollout):
     assert dropped["timeout"] == 3
 
 
+def test_a_probe_holds_the_sampled_divergence_against_the_exact_one(tmp_path):
+    run(
+        tmp_path / "run",
+        "divergence=jensen_shannon",
+        "divergence.coef=1",
+        "evaluation.every=2",
+        "optimizer.learning_rate=1e-3",
+        evaluated=True,
+    )
+    probed = [row for row in rows(tmp_path / "run") if "divergence/probe_exact" in row]
+    assert [row["step"] for row in probed] == [2]  # of three steps
+    (row,) = probed
+    assert row["divergence/probe_exact"] > 1e-6  # the policy has moved by one step
+    assert row["divergence/probe_bias"] == pytest.approx(row["divergence/probe_sampled"] - row["divergence/probe_exact"], abs=1e-7)
+    assert abs(row["divergence/probe_bias"]) < row["divergence/probe_spread"]
+    exact = run(tmp_path / "exact", "divergence=jensen_shannon", "divergence.estimator=exact", "evaluation.every=1", evaluated=True)
+    for row in (row for row in rows(exact.run_dir) if "divergence/probe_exact" in row):
+        assert row["divergence/probe_exact"] == pytest.approx(row["divergence/exact"], abs=1e-3)  # of a part of the same tokens
+
+
 if __name__ == "__main__":
     with TemporaryDirectory() as temporary:
         run(Path(temporary, "run"), evaluated=True)

@@ -9,10 +9,12 @@ from rlkit.compose import compose
 from rlkit.controller.preparation import (
     choose,
     correct,
+    divergence_part,
     filtered,
     joined,
     narrow,
     shaped_rewards,
+    sharpened,
     weigh,
     with_advantages,
     with_effective_sample_size,
@@ -238,3 +240,66 @@ def test_good_tempered_samples_take_the_place_of_the_first(batch):
     assert torch.equal(taken.rollout_logprobs[2:], batch.rollout_logprobs[2:4, :width])
     above, _ = joined(aepo("tempering.use=replace"), batch, 4, TemperingState(entropy=0.9))
     assert above.sample_ids == tuple(batch.sample_ids[row] for row in (4, 1, 2, 3))
+
+
+# --- a divergence in the advantages -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared(batch):
+    """With a reference that is a quarter of a nat off on every token."""
+    return replace(batch, ref_logprobs=batch.old_logprobs - 0.25, rewards=torch.arange(6.0))
+
+
+@pytest.fixture
+def rollouts(make_rollout, compared):
+    """Rows of `compared` as rollouts of two groups."""
+    rows = []
+    for row, length in enumerate(compared.response_lengths.tolist()):
+        made = make_rollout(row, [3, 4], compared.sequences.response(row).tolist())
+        assert len(made.response_ids) == length
+        rows.append(replace(made, group_id=str(row // 3)))
+    return rows
+
+
+def test_a_kl_in_the_token_reward_is_what_is_still_to_come_times_the_coefficient(compared, rollouts):
+    config = compose(["divergence=reverse_kl", "divergence.place=token_reward", "divergence.estimator=k1", "advantage=dr_grpo"])
+    part = divergence_part(config, compared, rollouts, 2.0)
+    assert part is not None
+    for row, length in enumerate(compared.response_lengths.tolist()):
+        left = torch.arange(length, 0, -1)
+        torch.testing.assert_close(part.penalty[row, :length], 2.0 * 0.25 * left)
+        assert part.penalty[row, length:].eq(0).all()
+    plain, _ = with_advantages(config, compared, rollouts)
+    less, metrics = with_advantages(config, compared, rollouts, divergence=part)
+    torch.testing.assert_close(less.advantages, plain.advantages - part.penalty)
+    assert metrics["divergence/penalty_mean"] > 0
+
+
+def test_a_targets_penalty_takes_the_advantages_place(compared, rollouts):
+    config = compose(["divergence=forward_kl", "divergence.place=target", "divergence.coef=0.5"])
+    part = divergence_part(config, compared, rollouts, 0.5)
+    assert part is not None
+    found, metrics = with_advantages(config, compared, rollouts, divergence=part)
+    torch.testing.assert_close(found.advantages, -part.penalty)
+    assert "target/gap" in metrics
+
+
+def test_a_divergence_in_the_loss_leaves_advantages_alone(compared, rollouts):
+    assert divergence_part(compose(["divergence=reverse_kl"]), compared, rollouts, 1.0) is None
+    assert divergence_part(compose([]), compared, rollouts, None) is None
+
+
+def test_rapo_flattens_the_reference_of_what_was_not_rewarded(compared):
+    from rlkit.core.divergences import RAPO
+
+    hidden = torch.randn(*compared.response_mask.shape, 4)
+    given = replace(compared, ref_hidden=hidden, rewards=torch.tensor([0.0, 1.0, 0.5, -1.0, 2.0, 0.25]))
+    found = sharpened(compose(["divergence=rapo"]), given)
+    assert found.ref_hidden is not None
+    phi = torch.tensor([0.2, 1.0, 0.6, 0.2, 1.0, 0.4])
+    torch.testing.assert_close(found.ref_hidden, hidden * phi[:, None, None])
+    ref = torch.tensor([0.2, 0.5, 0.3]).log()
+    torch.testing.assert_close((0.5 * ref).softmax(-1), torch.tensor([0.262751, 0.415446, 0.321803]), rtol=0, atol=1e-6)
+    assert RAPO(phi_min=1.0).sharpness(torch.tensor([0.0])).item() == 1.0
+    assert sharpened(compose(["divergence=forward_kl"]), given) is given

@@ -178,6 +178,10 @@ REMEMBERING = {  # what a strategy remembers -> a run with it
     ],
     "groups to replay": ["replay=buffer", "replay.score_power=1", "replay.age_half_life=2", "replay.fraction=0.5"],
     "groups to replace others": ["replay=zero_variance", *KL],
+    "answers to rehearse": [
+        *("rehearsal=base_answers", "rehearsal.num_prompts=64", "rehearsal.samples_per_prompt=1", "rehearsal.rows_per_step=3"),
+        *("divergence_control=dual_log", "divergence_control.target=0.01", *KL),
+    ],
     "how objectives went": ["objective_weights=recap_code", "imitation=positive", "reward.fn=expression_parts"],
 }
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rlkit.core.divergences import NoDivergence, ReverseKL
+from rlkit.core.divergences import ForwardKL, NoDivergence, ReverseKL
 from rlkit.core.estimators import OF_REVERSE_KL, Estimator, Place, verdict
 from rlkit.core.reduce import Aggregation, Denominators, reduce
 from rlkit.errors import ConfigError
@@ -353,3 +353,80 @@ def test_a_token_that_the_reference_all_but_excludes_keeps_the_right_gradient():
             gradients[estimator] = float(torch.autograd.grad(loss.sum(), logprobs)[0])
         assert gradients[Estimator.k3_weighted] == gradients[Estimator.score] == pytest.approx(log_ratio)
         assert gradients[Estimator.k3] * log_ratio >= 0
+
+
+# --- an explicit target ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_target_of_the_reverse_kl_is_kl_penalised_rl():
+    """Advantages of -(L - r / coef) less the mean over the others: those of RLOO on r - coef L, divided by coef."""
+    generator = torch.Generator().manual_seed(0)
+    log_ratio = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+    mask, groups = torch.ones(8, 3, dtype=torch.bool), torch.arange(8) // 4
+    rewards, coef = torch.rand(8, generator=generator, dtype=torch.float64), 0.3
+    found = ReverseKL(place=Place.target).target(
+        log_ratio=log_ratio, response_mask=mask, group_ids=groups, rewards=rewards, coef=coef
+    )
+    assert found is not None
+    score = (rewards - coef * log_ratio.sum(-1)) / coef
+    total = score.reshape(2, 4).sum(-1, keepdim=True)
+    loo = score - ((total - score.reshape(2, 4)) / 3).flatten()
+    # Each Z is that of the others, so log Z differs between the responses of a group: it is taken out on both sides.
+    own = found.log_partition.reshape(2, 4)
+    shift = own - (own.sum(-1, keepdim=True) - own) / 3
+    torch.testing.assert_close(-found.penalty[:, 0], loo - shift.flatten())
+    torch.testing.assert_close(found.gap, found.log_partition - score)
+
+
+def test_kl_regularised_rl_is_inference_of_its_posterior():
+    """prior (.2, .5, .3), rewards (1, 0, .5), coef .5: Z = 2.793296; E[r]/coef - KL = log Z - KL(policy || posterior) = .488098."""
+    prior, policy = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    rewards, coef = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64), 0.5
+    posterior = prior * (rewards / coef).exp()
+    assert posterior.sum().item() == pytest.approx(2.793296, abs=1e-6)
+    # A group that holds every outcome as often as the policy draws it: ten responses, whose weights then average to Z.
+    outcomes = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
+    log_ratio = (policy / prior).log()[outcomes].repeat(400)[:, None]
+    many = outcomes.repeat(400)
+    found = ReverseKL(place=Place.target).target(
+        log_ratio=log_ratio,
+        response_mask=torch.ones_like(log_ratio, dtype=torch.bool),
+        group_ids=torch.zeros(len(many), dtype=torch.int64),
+        rewards=rewards[many],
+        coef=coef,
+    )
+    assert found is not None
+    assert found.log_partition.mean().item() == pytest.approx(1.027222, abs=1e-4)
+    kl_to_posterior = float((policy * (policy / (posterior / posterior.sum())).log()).sum())
+    assert found.gap.mean().item() == pytest.approx(kl_to_posterior, abs=1e-3)
+    identity = float((policy * rewards).sum() / coef - (policy * (policy / prior).log()).sum())
+    assert coef * identity == pytest.approx(coef * (1.027222 - kl_to_posterior), abs=1e-6)
+
+
+@pytest.mark.parametrize("divergence", [ReverseKL(place=Place.target), ForwardKL(place=Place.target)], ids=lambda d: d.name)
+def test_the_expected_gradient_is_that_of_the_distance_from_the_target(divergence):
+    """With a group that is large and as often each outcome as the policy draws it, Z is exact and so is the gradient."""
+    prior, rewards, coef = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), torch.tensor([1.0, 0.0, 0.5]).double(), 0.5
+    logits = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log().requires_grad_()
+    logprobs = logits.log_softmax(-1)
+    outcomes = torch.tensor([0] * 5 + [1] * 3 + [2] * 2).repeat(200)
+    found = divergence.target(
+        log_ratio=(logprobs.detach() - prior.log())[outcomes][:, None],
+        response_mask=torch.ones(len(outcomes), 1, dtype=torch.bool),
+        group_ids=torch.zeros(len(outcomes), dtype=torch.int64),
+        rewards=rewards[outcomes],
+        coef=coef,
+    )
+    (gradient,) = torch.autograd.grad((found.penalty[:, 0] * logprobs[outcomes]).mean(), logits, retain_graph=True)
+    posterior = (prior.log() + rewards / coef).log_softmax(-1)
+    (exact,) = torch.autograd.grad(divergence.exact(logprobs[None], posterior[None]).sum(), logits)
+    torch.testing.assert_close(gradient, exact, rtol=0, atol=2e-3)
+
+
+def test_a_prompt_with_one_response_has_its_own_partition():
+    one = torch.ones(1)
+    found = ReverseKL(place=Place.target).target(
+        log_ratio=one[:, None] / 2, response_mask=one[:, None].bool(), group_ids=one, rewards=one, coef=1.0
+    )
+    assert found is not None
+    assert found.gap.item() == 0
