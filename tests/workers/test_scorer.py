@@ -241,3 +241,10 @@ def test_a_geometric_mixture_scores_with_whole_distributions_multiplied(random_m
         targets = torch.from_numpy(rollout.response_ids).unsqueeze(1)
         np.testing.assert_allclose(logprobs, whole.gather(1, targets).squeeze(1), atol=2e-5)
         np.testing.assert_allclose(torch.from_numpy(hidden @ scorer.head().T).log_softmax(-1), whole, atol=2e-5)
+
+
+def test_a_head_with_a_bias_is_refused_where_it_would_be_left_out(random_model):
+    scorer = Scorer(spec_of(random_model(tied=True)))
+    scorer.policy.head.bias = torch.nn.Parameter(torch.zeros(96))
+    with pytest.raises(DataError, match=r"its output head has a bias, which mixtures and divergence\.estimator=exact do not know"):
+        scorer.head()
