@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from rlkit.compose import compose
+from rlkit.controller.evaluate import Evaluation
 from rlkit.controller.local import InProcessCluster
 from rlkit.controller.loop import train, trainable
 from rlkit.controller.sampling import sample_seed
+from rlkit.controller.tracking.files import read_evaluations
 from rlkit.errors import DataError, NumericalError, RewardError
 from rlkit.types import RewardStatus
 
@@ -69,6 +71,11 @@ def test_a_run_leaves_what_its_user_looks_for(finished):
         assert (finished / name).exists(), name
     assert [folder.name for folder in (finished / "checkpoints").iterdir()] == ["step_000003"]
     assert {row["step"] for row in rows(finished) if "evaluation/pass@1" in row} == {0, 3}
+    kept = read_evaluations(finished)
+    assert list(kept) == [0, 3]
+    for row in (row for row in rows(finished) if "evaluation/pass@1" in row):
+        again = Evaluation.from_json(kept[row["step"]]).metrics()
+        assert again.items() <= row.items()  # to the last bit
 
 
 def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(finished, tmp_path):
