@@ -127,7 +127,7 @@ def test_a_wrong_config_is_refused_within_five_seconds_with_code_2(tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "trian: no such command. Did you mean train? Commands: train, eval, compare, choices, model."),
+        (["trian"], "trian: no such command. Did you mean train? Commands: train, eval, compare, choices, divergences, model."),
         (["seed=1"], "seed=1: no such command. Settings follow a command: rlkit train seed=1."),
         (["train", "--seed=1"], "--seed=1: settings are written without dashes, such as seed=1."),
         (["train", "seed=1", "-x"], "unrecognized arguments: -x See rlkit train --help."),

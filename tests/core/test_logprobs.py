@@ -11,9 +11,9 @@ from rlkit.core.logprobs import Crossing, Nucleus, chunk_size, token_statistics
 
 
 class ForwardKL:
-    """A stranger to rlkit: whatever has `.exact` can be computed in chunks."""
+    """A stranger to rlkit: whatever has `between` can be computed in chunks."""
 
-    def exact(self, logprobs, ref_logprobs):
+    def between(self, logprobs, ref_logprobs, embeddings):
         return (ref_logprobs.exp() * (ref_logprobs - logprobs)).sum(-1)
 
 
