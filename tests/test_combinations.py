@@ -43,6 +43,12 @@ TRAINED = [
     "reference=ema divergence=reverse_kl divergence.estimator=exact learner=lora max_staleness=1",
     "reference=bema reference.every=1 safeguard=entropy_gated divergence=reverse_kl anchor=old_policy epochs_per_batch=2",
     "reference=refresh reference.every=1 reference.reset_optimizer=true divergence=reverse_kl optimizer=sgd tempering=aepo",
+    "divergence=js divergence.place=token_reward advantage=gae critic=value_model entropy=bonus safeguard=asymmetric",
+    "divergence=fkl divergence.place=target divergence.coef=0.3 divergence_control=dual_log divergence_control.target=0.02"
+    " objective=gspo",
+    "divergence=rapo reference=geometric_mixture reference.path=tiny rehearsal=base_answers rehearsal.num_prompts=64"
+    " rehearsal.samples_per_prompt=1 replay=buffer replay.fraction=0.5",
+    "divergence=alpha divergence.estimator=exact divergence.top_k=8 learner=lora divergence_weights=dads max_staleness=1",
 ]
 
 REFUSED = {
@@ -60,6 +66,12 @@ REFUSED = {
     "entropy=siren divergence_control=pid divergence_control.target=1": "divergence_control=pid: divergence=none has no coef",
     "objective=unclipped threshold_control=doubling threshold_control.target=1": "objective=unclipped has no clip_high",
     "threshold_control=skywork": "threshold_control=skywork: no such choice.",
+    "divergence=js divergence.place=token_reward objective=gspo": "divergence.place=token_reward: it tells tokens apart",
+    "divergence=js divergence.place=target max_staleness=1": "divergence.place=target: it weighs responses as samples of",
+    "divergence=js divergence.place=target advantage_weights=stcr": "advantage_weights=stcr never acts",
+    "divergence=reverse_kl divergence.place=sequence_reward prompt_advantage=copo": "prompt_advantage=copo works on one advantage",
+    "divergence=fkl divergence.estimator=k3": "divergence.estimator=k3: has no meaning for forward_kl",
+    "divergence=reverse_kl divergence.place=token_reward divergence.estimator=k3": "it descends reverse_kl - forward_kl",
     "reference=ema": "reference=ema: nothing that is chosen compares the policy with a reference. Write divergence=reverse_kl",
     "anchor=old_policy": "anchor=old_policy: with one optimiser step per batch the policy is the old one",
     "anchor=old_policy epochs_per_batch=2 max_staleness=1": "anchor=old_policy: it holds to the policy before the update, and max",

@@ -32,6 +32,8 @@ SHORTENED = {
     "rlkit train max_staleness": [*TINY_BATCH, "num_steps=3", "evaluation=none"],
     "rlkit train model=smollm2_135m": [*TINY_BATCH, "num_steps=1", "max_response_tokens=16", "evaluation=none"],
     "rlkit train experiment=grpo_published dry_run=true": [],
+    "rlkit divergences": [],
+    "rlkit train divergence=js": [*TINY_BATCH, "num_steps=2", "evaluation=none"],
     "rlkit eval": [],
     "rlkit compare": [],
     "rlkit choices": [],

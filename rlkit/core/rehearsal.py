@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ class Mode(Enum):
 class Rehearsal(ABC):
     """Base of the rehearsals."""
 
-    needs = frozenset()  # no reference model: what it said of its samples is stored with them
+    needs: ClassVar[frozenset[str]] = frozenset()  # no reference model: what it said of its samples is stored with them
 
     @abstractmethod
     def term(self, *, logprobs: Tensor, stored_logprobs: Tensor, mask: Tensor) -> LossTerm:
