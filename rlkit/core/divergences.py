@@ -223,6 +223,12 @@ class FDivergence(Penalty):
     def exact(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         return (ref_logprobs.exp() * self.generator(bounded(logprobs - ref_logprobs))).sum(-1)
 
+    def between(self, logprobs: Tensor, ref_logprobs: Tensor, embeddings: Tensor) -> Tensor:
+        if 0 < self.top_k < logprobs.shape[-1]:
+            logprobs, ref_logprobs = head_and_tail(logprobs, ref_logprobs, top_k=self.top_k, head=self.head)
+        value: Tensor = _Lean.apply(logprobs, ref_logprobs, self)  # pyright: ignore[reportAssignmentType]
+        return value
+
     def conjugate(self, t: Tensor) -> Tensor:
         """sup over u of t u - f(u), elementwise; inf outside its domain. Its derivative is the u at which f'(u) = t."""
         raise NotImplementedError(f"{self.name}: its convex conjugate is not known in closed form.")
@@ -246,6 +252,24 @@ class FDivergence(Penalty):
             return None
         given = {"log_ratio": log_ratio, "response_mask": response_mask, "group_ids": group_ids}
         return distance_to_target(self, **given, rewards=rewards, coef=coef)
+
+
+class _Lean(torch.autograd.Function):
+    """`exact` with one [n, V] buffer kept for the backward pass, where autograd would keep one for every operation.
+
+    d/dlogprobs sum_v ref_v f(u_v) = policy_v f'(u_v). What closed forms add is a multiple of policy_v, which moves no logit.
+    """
+
+    @staticmethod
+    def forward(ctx, logprobs: Tensor, ref_logprobs: Tensor, divergence: FDivergence) -> Tensor:
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(divergence.slope(bounded(logprobs - ref_logprobs)).mul_(logprobs.exp()))
+        return divergence.exact(logprobs, ref_logprobs)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (by_logprobs,) = ctx.saved_tensors
+        return by_logprobs * grad_outputs[0].unsqueeze(-1), None, None
 
 
 def bounded(log_ratio: Tensor) -> Tensor:

@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("items", nargs="+", choices=list(ITEMS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--engines", nargs="+", choices=list(SYSTEMS)[1:], default=list(SYSTEMS)[1:], help="beside TRL")
     parser.add_argument("--out", default="vs_trl.json")
     parser.add_argument("--system", choices=list(SYSTEMS), help=argparse.SUPPRESS)  # one run, in a process of its own
     arguments = parser.parse_args()
@@ -249,9 +250,9 @@ def main() -> None:
         return
     results: dict[str, dict] = {}
     for item in arguments.items:
-        runs: dict[str, list[dict]] = {system: [] for system in SYSTEMS}
+        runs: dict[str, list[dict]] = {system: [] for system in ("trl", *arguments.engines)}
         for _ in range(arguments.rounds):
-            for system in SYSTEMS:
+            for system in runs:
                 with tempfile.NamedTemporaryFile(suffix=".json") as out:
                     command = [
                         sys.executable,

@@ -164,6 +164,18 @@ def test_one_bucket_for_the_tail_never_adds_divergence(divergence):
     torch.testing.assert_close(settings.between(*tables, torch.zeros(12, 2)), type(divergence)().exact(*tables))
 
 
+@pytest.mark.parametrize("divergence", [*F_DIVERGENCES, *OTHERS], ids=name)
+def test_the_form_that_keeps_one_buffer_has_autograds_value_and_gradient(divergence):
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(6), dtype=torch.float64).requires_grad_()
+    ref = torch.randn(5, 9, generator=torch.Generator().manual_seed(8), dtype=torch.float64).log_softmax(-1)
+    weights = torch.arange(1, 6, dtype=torch.float64)
+    lean = divergence.between(logits.log_softmax(-1), ref, torch.zeros(9, 1))
+    plain = divergence.exact(logits.log_softmax(-1), ref)
+    torch.testing.assert_close(lean, plain)
+    (found,), (wanted,) = (torch.autograd.grad((weights * value).sum(), logits) for value in (lean, plain))
+    torch.testing.assert_close(found, wanted)
+
+
 def test_head_and_tail_worked_out_by_hand():
     policy = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
     ref = torch.tensor([[0.2, 0.5, 0.1, 0.2]], dtype=torch.float64).log()
