@@ -89,7 +89,7 @@ def sample_answers(
             rollouts += [rollout for rollout in further if is_right(rollout, settings)]
     if not rollouts or len(mastered) == total:
         raise DataError(
-            f"rehearsal=base_answers: of {total} prompts the base model always solves {len(mastered)} in "
+            f"rehearsal=base_answers: of {len(prompts)} prompts that were asked the base model always solves {len(mastered)} in "
             f"{settings.samples_per_prompt} samples, which leaves nothing to {'rehearse' if not rollouts else 'explore'}. Change "
             "rehearsal.samples_per_prompt or the prompts, or write rehearsal=none."
         )
