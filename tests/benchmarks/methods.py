@@ -94,7 +94,7 @@ def main() -> None:
             learner.set_reference_head(learner.policy.head.weight.detach().numpy())
             hidden = torch.randn(rows, length, learner.policy.head.weight.shape[1])
             batch = replace(
-                batch, ref_logprobs=batch.old_logprobs + 0.1, ref_hidden=hidden if "ref_hidden" in config.needs else None
+                batch, ref_logprobs=batch.rollout_logprobs + 0.1, ref_hidden=hidden if "ref_hidden" in config.needs else None
             )
         progress = Progress.start(config).having_seen(config, batch)
         batch, _ = filtered(config, batch, torch.zeros(rows, dtype=torch.bool))
