@@ -652,10 +652,7 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer_steps_per_batch={parts}: prompts_per_step={prompts} cannot be cut into {parts} equal mini-batches. "
             f"Write optimizer_steps_per_batch={fitting} or prompts_per_step={-(-prompts // parts) * parts}."
         )
-    divergence = config.divergence
-    estimator = ""
-    if isinstance(divergence, Penalty) and divergence.verdict.is_right and divergence.verdict.on_policy:
-        estimator = divergence.estimator.name
+    estimator = _on_policy_estimator(config.divergence)
     if estimator and config.optimizer_steps_per_step > 1:
         yield (
             f"divergence.estimator={estimator}: its gradient is right only for the first optimiser step on a batch, and there are "
@@ -673,6 +670,13 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.warmup_steps={config.optimizer.warmup_steps}: the run has only {total} optimiser steps, so the learning "
             "rate never arrives. Write a smaller number."
         )
+
+
+def _on_policy_estimator(divergence: Divergence) -> str:
+    """The estimator's name if its gradient is right under samples of the present policy alone; else empty."""
+    if isinstance(divergence, Penalty) and divergence.verdict.is_right and divergence.verdict.on_policy:
+        return divergence.estimator.name
+    return ""
 
 
 def _selector_problems(config: RunConfig) -> Iterator[str]:
@@ -782,10 +786,9 @@ def _replay_problems(config: RunConfig) -> Iterator[str]:
             f"objective={choice_of('objective', config.objective)}: it has no ratio to the policy that sampled, and replay={name} "
             "trains on samples of older ones. Write objective=clipped, or correction=tis."
         )
-    divergence = config.divergence
-    if isinstance(divergence, Penalty) and divergence.verdict.is_right and divergence.verdict.on_policy:
+    if estimator := _on_policy_estimator(config.divergence):
         yield (
-            f"divergence.estimator={divergence.estimator.name}: its gradient is right only for samples of the present policy, "
+            f"divergence.estimator={estimator}: its gradient is right only for samples of the present policy, "
             f"and replay={name} trains on older ones. Write divergence.estimator=k3_weighted or exact, or replay=none."
         )
     if (tempering := choice_of("tempering", config.tempering)) != "none":

@@ -9,6 +9,8 @@ from torch import Tensor
 from rlkit.core.divergences import Estimator, ReverseKL
 from rlkit.errors import ConfigError
 
+OLD_POLICY_KL = ReverseKL(estimator=Estimator.k3_weighted)  # made once: a divergence looks at its own generator when it is made
+
 
 @dataclass(kw_only=True, slots=True)
 class Anchor(ABC):
@@ -52,8 +54,7 @@ class OldPolicyAnchor(Anchor):
     def loss(self, *, logprobs: Tensor, old_logprobs: Tensor, response_mask: Tensor) -> Tensor:
         """ratio * (log ratio - 1) + 1, [B, T], 0 off the mask. Value and gradient are unbiased for the KL under the old policy's
         samples; the gradient is 0 while the policy is the old one."""
-        kl = ReverseKL(estimator=Estimator.k3_weighted)
         given = {"behaviour_logprobs": old_logprobs, "ref_logprobs": old_logprobs, "response_mask": response_mask}
-        loss = kl.loss(logprobs=logprobs, **given)
+        loss = OLD_POLICY_KL.loss(logprobs=logprobs, **given)
         assert loss is not None  # it acts in the loss
         return loss

@@ -145,6 +145,10 @@ class Penalty(Divergence, ABC):
         exists. embeddings [V, H] say how alike tokens are, to a divergence that asks."""
         if 0 < self.top_k < logprobs.shape[-1]:
             logprobs, ref_logprobs = head_and_tail(logprobs, ref_logprobs, top_k=self.top_k, head=self.head)
+        return self._compared(logprobs, ref_logprobs)
+
+    def _compared(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+        """`exact`, of whatever tokens are told apart."""
         return self.exact(logprobs, ref_logprobs)
 
     def loss(
@@ -223,9 +227,7 @@ class FDivergence(Penalty):
     def exact(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         return (ref_logprobs.exp() * self.generator(bounded(logprobs - ref_logprobs))).sum(-1)
 
-    def between(self, logprobs: Tensor, ref_logprobs: Tensor, embeddings: Tensor) -> Tensor:
-        if 0 < self.top_k < logprobs.shape[-1]:
-            logprobs, ref_logprobs = head_and_tail(logprobs, ref_logprobs, top_k=self.top_k, head=self.head)
+    def _compared(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         value: Tensor = _Lean.apply(logprobs, ref_logprobs, self)  # pyright: ignore[reportAssignmentType]
         return value
 

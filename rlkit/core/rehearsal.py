@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import ClassVar
 
 from torch import Tensor
@@ -18,6 +19,17 @@ class Mode(Enum):
     forward_kl = "forward_kl"
     jensen_shannon = "jensen_shannon"  # in the scale of GANs: twice the Jensen-Shannon divergence
     alpha = "alpha"
+
+
+@cache  # a divergence looks at its own generator when it is made, and every microbatch asks
+def _divergence_of(mode: Mode, alpha: float) -> FDivergence:
+    match mode:
+        case Mode.forward_kl:
+            return ForwardKL()
+        case Mode.jensen_shannon:
+            return JensenShannon(scale=2)
+        case Mode.alpha:
+            return Alpha(a=alpha)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,13 +89,7 @@ class BaseAnswers(Rehearsal):
     @property
     def divergence(self) -> FDivergence:
         """Whose generator is the loss."""
-        match self.mode:
-            case Mode.forward_kl:
-                return ForwardKL()
-            case Mode.jensen_shannon:
-                return JensenShannon(scale=2)
-            case Mode.alpha:
-                return Alpha(a=self.alpha)
+        return _divergence_of(self.mode, self.alpha)
 
     def term(self, *, logprobs: Tensor, stored_logprobs: Tensor, mask: Tensor) -> LossTerm:
         log_ratio = (logprobs - stored_logprobs).masked_fill(~mask, 0.0)
