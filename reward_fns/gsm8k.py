@@ -1,5 +1,6 @@
 """Reward 1 for the right final answer in GSM8K's style, 0 otherwise."""
 
+from rlkit.data.rewards import unparsable, wrong
 from rlkit.data.rewards.numbers import last_number
 
 MARK = "####"
@@ -15,5 +16,9 @@ def reward(prompts, completions, answer, **columns) -> list[float | None]:
 
 
 def _score(text, solution) -> float | None:
-    expected = last_number(str(solution).rpartition(MARK)[2])
-    return None if expected is None else float(last_number(text.rpartition(MARK)[2]) == expected)
+    expected, found = (last_number(each.rpartition(MARK)[2]) for each in (str(solution), text))
+    if expected is None:
+        return None
+    if found is None:
+        return unparsable()
+    return 1.0 if found == expected else wrong()

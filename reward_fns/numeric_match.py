@@ -1,5 +1,6 @@
 """Reward 1 when the last number of the completion equals the answer, 0 otherwise."""
 
+from rlkit.data.rewards import unparsable, wrong
 from rlkit.data.rewards.numbers import last_number
 
 
@@ -12,5 +13,9 @@ def reward(prompts, completions, answer, **columns) -> list[float | None]:
 
 
 def _score(text, expected) -> float | None:
-    value = last_number(str(expected))
-    return None if value is None else float(last_number(text) == value)
+    value, found = last_number(str(expected)), last_number(text)
+    if value is None:
+        return None
+    if found is None:
+        return unparsable()
+    return 1.0 if found == value else wrong()

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a policy",
     "eval": "evaluate a checkpoint on held-out prompts",
     "compare": "set runs side by side: settings, figures, curves",
+    "reward": "try a reward function on rows of data",
     "choices": "list everything that can be chosen and set",
     "divergences": "measure what every divergence, estimator and place descends",
     "model": "build or fetch the models that rlkit knows by name",
@@ -96,6 +97,18 @@ COMPARE_EXAMPLES = """examples:
 """
 
 
+REWARD = """Try a reward function on rows of data, before any model is loaded.
+
+Each row's own answer, another row's, its column `completion` or `completions` if it has one, and on the first row what a policy
+comes up with sooner or later: nothing, endless text, broken markup, numbers without end. The first line says what is wrong."""
+
+REWARD_EXAMPLES = """examples:
+  rlkit reward test my_rewards.py:exact --data train.jsonl
+  rlkit reward test gsm8k --data train.jsonl --prompt-column question
+  rlkit reward test my_rewards.py:score --data train.jsonl --signature verl --json
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: --"):
@@ -162,6 +175,8 @@ def dispatch(arguments: list[str]) -> int:
             return command_eval(rest)
         case ["compare", *rest]:
             return command_compare(rest)
+        case ["reward", *rest]:
+            return command_reward(rest)
         case ["choices", *rest]:
             return command_choices(rest)
         case ["divergences", *rest]:
@@ -264,7 +279,7 @@ def rehearse(config: RunConfig) -> None:
     from rlkit.data.models.lora import num_adapter_parameters
     from rlkit.data.models.reference import check_reference, held_models
     from rlkit.data.prompts import load_prompts
-    from rlkit.data.rewards.pool import RewardPool
+    from rlkit.data.rewards.weighted import open_rewards
     from rlkit.schedule import schedule
     from rlkit.settings import LoraLearner
 
@@ -274,9 +289,8 @@ def rehearse(config: RunConfig) -> None:
     scored = sum(num_parameters(each) for each in held_models(config))
     print(schedule(config, num_parameters(folder), adapters, scored))
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-    with RewardPool(config.reward, base_dir=Path.cwd()) as rewards:
-        columns = rewards.signature.columns
-        prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, reward_columns=columns)
+    with open_rewards(config.reward, base_dir=Path.cwd()) as rewards:
+        prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, missing=rewards.missing)
     print(f"{len(prompts.train):,} prompts to train on, {len(prompts.held_out):,} held out. Nothing was started: dry_run=true.")
 
 
@@ -319,6 +333,40 @@ def command_compare(arguments: Sequence[str]) -> int:
 
     print(write(compare(given.folders), given.out), end="")
     return 0
+
+
+def command_reward(arguments: Sequence[str]) -> int:
+    """A reward function's trial. The exit code is that of bad data when a call failed."""
+    parser = _parser("rlkit reward", REWARD, REWARD_EXAMPLES)
+    parser.add_argument("action", choices=["test"])
+    parser.add_argument("fn", help="a name in reward_fns/, or file.py:function, or package.module:function")
+    parser.add_argument("--data", type=Path, required=True, help="a file of JSON lines, as data=jsonl reads it")
+    parser.add_argument("--rows", type=int, default=8, help="how many of its rows (default: 8)")
+    parser.add_argument("--prompt-column", default="prompt")
+    parser.add_argument("--answer-column", default="answer", help="what a right completion is made from")
+    parser.add_argument("--signature", default="auto", help="the convention it is written in: rlkit, trl, verl, verifiers, plain")
+    parser.add_argument("--timeout-s", type=float, default=10.0, help="wall clock per call (default: 10)")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    if (given := _parse(parser, arguments)) is None:
+        return 0
+    import json
+
+    from rlkit.data.rewards.trial import read_rows, try_function
+    from rlkit.errors import DataError
+    from rlkit.settings import Reward
+
+    if given.rows < 1:
+        raise ConfigError(f"--rows {given.rows}: write 1 or more.")
+    settings = Reward(fn=given.fn, signature=given.signature, timeout_s=given.timeout_s, num_workers=1, max_error_rate=1.0)
+    trial = try_function(
+        settings,
+        read_rows(given.data, given.rows),
+        base_dir=Path.cwd(),
+        prompt_column=given.prompt_column,
+        answer_column=given.answer_column,
+    )
+    print(json.dumps(trial.to_json(), indent=2) if given.json else trial)
+    return 0 if trial.is_sound else DataError.exit_code
 
 
 def locate(folder: Path) -> tuple[Path, Path | None]:

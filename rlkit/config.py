@@ -117,6 +117,7 @@ from rlkit.settings import (
     Learner,
     LocalRay,
     LoraLearner,
+    MixtureData,
     Model,
     NoEvaluation,
     Optimizer,
@@ -125,6 +126,7 @@ from rlkit.settings import (
     RaySettings,
     ReasoningGymData,
     Reward,
+    RewardSettings,
     RolloutEngine,
     Sgd,
     SingleTurn,
@@ -132,6 +134,7 @@ from rlkit.settings import (
     TransformersEngine,
     VllmEngine,
     WandbTracking,
+    WeightedRewards,
     WeightTransport,
 )
 from rlkit.types import SamplingSpec
@@ -160,7 +163,7 @@ class RunConfig:
 
     model: Model = MISSING
     data: Data = MISSING
-    reward: Reward = MISSING
+    reward: RewardSettings = MISSING
     shaping: Shaping = MISSING
     prompt_filter: PromptFilter = MISSING
     environment: Environment = MISSING
@@ -326,10 +329,11 @@ CHOICES: dict[str, dict[str, type]] = {
         "comparison": ComparisonData,
         "jsonl": JsonlData,
         "parquet": ParquetData,
+        "mixture": MixtureData,
         "hf": HuggingFaceData,
         "reasoning_gym": ReasoningGymData,
     },
-    "reward": {"function": Reward},
+    "reward": {"function": Reward, "weighted": WeightedRewards},
     "shaping": {"none": NoShaping, "overlong": OverlongPenalty},
     "prompt_filter": {"none": NoPromptFilter, "dynamic": DynamicSampling},
     "environment": {"single_turn": SingleTurn},
@@ -920,16 +924,21 @@ def _source_problems(config: RunConfig) -> Iterator[str]:
     separate = getattr(data, "held_out_path", None) or getattr(data, "held_out_split", None)
     if isinstance(config.evaluation, HeldOut) and data.held_out_fraction == 0 and not separate:
         yield "data.held_out_fraction=0: evaluation=held_out has no prompts. Write data.held_out_fraction=0.1 or evaluation=none."
-    name = config.reward.fn
+    for part, name in config.reward.functions.items():
+        key = f"reward.fns.{part}" if part else "reward.fn"
+        yield from _function_problems(key, name)
+
+
+def _function_problems(key: str, name: str) -> Iterator[str]:
     if ":" in name:
         file, _, function = name.rpartition(":")
         if file.endswith(".py") and not Path(file).expanduser().is_file():
-            yield f"reward.fn={name}: there is no file {file} (looked from {Path.cwd()}). Check its spelling."
+            yield f"{key}={name}: there is no file {file} (looked from {Path.cwd()}). Check its spelling."
         if not function.isidentifier():
-            yield f"reward.fn={name}: {function!r} is no function's name. Write reward.fn={file}:my_function."
+            yield f"{key}={name}: {function!r} is no function's name. Write {key}={file}:my_function."
     elif name and name not in (known := _reward_names()):
         yield (
-            f"reward.fn={name}: no such function in reward_fns/.{suggest(name, known)} Write file.py:function, or one of "
+            f"{key}={name}: no such function in reward_fns/.{suggest(name, known)} Write file.py:function, or one of "
             f"{', '.join(known)}."
         )
 

@@ -70,7 +70,7 @@ def _workers(config: RunConfig) -> str:
     workers = [
         f"{_count(config.rollout.num_engines, 'engine')} ({choice_of('rollout', config.rollout)})",
         _count(config.learner.num_ranks, "learner rank"),
-        _count(config.reward.num_workers, "reward process", "reward processes"),
+        _count(config.reward.num_workers * len(config.reward.functions), "reward process", "reward processes"),
     ]
     if "ref_logprobs" in config.needs:
         workers.append("1 reference")

@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from rlkit.errors import ConfigError
 
+CONVENTIONS = ("rlkit", "trl", "verl", "verifiers", "plain")  # of reward functions, see rlkit/data/rewards/signatures.py
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output head
 
 
@@ -107,9 +108,45 @@ class TableData(Data):
     prompt_column: str = "prompt"  # plain text, or a list of chat messages
     id_column: str | None = None  # unique per row; without one a row is known by its number
     source_column: str | None = None  # names the source of each row, where several are mixed; without one all rows are of one
+    source_weights: dict[str, float] = field(default_factory=dict)  # source: share of the draws; 1 where none is written
     columns: dict[str, str] = field(default_factory=dict)  # new name: name in the file, for the reward function's arguments
     system_prompt: str | None = None  # put before every prompt, as the chat template's system message
     chat: bool = False  # wrap plain text as one user message in the model's chat template
+
+    def __post_init__(self):
+        Data.__post_init__(self)
+        weights = self.source_weights
+        require(
+            *(
+                (0 < weight < math.inf, f"data.source_weights.{name}={weight}: never drawn. Write a number above 0.")
+                for name, weight in weights.items()
+            ),
+            (
+                not weights or self.source_column is not None or isinstance(self, MixtureData),
+                "data.source_weights: all rows are of one source. Write data.source_column=<what names it>, or data=mixture.",
+            ),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class MixtureData(TableData):
+    """Several files of JSON lines or parquet, each a source of its own."""
+
+    files: dict[str, str] = MISSING  # source: path
+
+    def __post_init__(self):
+        TableData.__post_init__(self)
+        require(
+            (bool(self.files), "data.files={}: no file. Write data.files={math:math.jsonl,chat:chat.parquet}."),
+            (
+                self.source_column is None,
+                f"data.source_column={self.source_column}: the names in data.files are the sources. Leave it away.",
+            ),
+            *(
+                (name in self.files, f"data.source_weights.{name}: data.files has {', '.join(self.files)}. Correct the name.")
+                for name in self.source_weights
+            ),
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -154,22 +191,136 @@ class ReasoningGymData(Data):
         require((self.size >= 1, f"data.size={self.size}: no problems to train on. Write 1 or more; 4096 is usual."))
 
 
-@dataclass(kw_only=True, slots=True)
-class Reward:
-    """The reward function, and how long and how often it may fail."""
+class OnFailure(Enum):
+    """What becomes of a sample whose reward failed. Whatever it is, the failure is counted, and too many stop the run."""
 
-    fn: str = MISSING  # a name in reward_fns/, or `file.py:function`, or `package.module:function`
+    mask = "mask"  # it is not trained on
+    value = "value"  # reward.failed_value stands in for the reward  # pyright: ignore[reportAssignmentType]
+    retry = "retry"  # the call is made once more, by another worker; then as mask
+    stop = "stop"  # the run stops with the cause
+
+
+BY_VALUE = OnFailure["value"]  # as an attribute, `value` is every member's own
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardSettings:
+    """Base of the rewards: how long, how often and to what effect a reward function may fail."""
+
     timeout_s: float = 10.0  # wall clock per call; the worker is killed at it
-    num_workers: int = 2
+    num_workers: int = 2  # processes, per function
     max_error_rate: float = 0.2  # above it, over the last 200 samples, the run stops
+    on_timeout: OnFailure = OnFailure.mask
+    on_error: OnFailure = OnFailure.mask
+    failed_value: float | None = None  # the reward of a sample whose reward failed, where on_timeout or on_error is value
+    calls_at_once: int = 1  # under way in one worker, of an async function
+    max_calls_per_s: float | None = None  # of all workers together; null: as fast as they come
+    max_calls_per_worker: int = 10_000  # then the worker makes room for a new one
+    max_worker_mib: int = 4096  # of memory; a call in which its worker grows beyond it is an error
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """The reward functions by the name that each is known by; one alone has no name."""
+        raise NotImplementedError
+
+    @property
+    def signature_of(self) -> dict[str, str]:
+        """The convention of each function."""
+        raise NotImplementedError
 
     def __post_init__(self):
-        limit, rate = self.timeout_s, self.max_error_rate
+        limit, rate, value, calls_rate = self.timeout_s, self.max_error_rate, self.failed_value, self.max_calls_per_s
+        wanted = BY_VALUE in (self.on_timeout, self.on_error)
+        finite = value is not None and math.isfinite(value)
         require(
             (0 < limit < math.inf, f"reward.timeout_s={limit}: no time to answer. Write seconds above 0; 10 is usual."),
             (self.num_workers >= 1, f"reward.num_workers={self.num_workers}: nobody computes rewards. Write 1 or more."),
             (0 <= rate <= 1, f"reward.max_error_rate={rate}: not a share. Write a number in [0, 1]; 0.2 is usual."),
+            (not wanted or finite, f"reward.failed_value={value}: no reward for a sample that failed. Write a finite number."),
+            (
+                wanted or value is None,
+                f"reward.failed_value={value}: nobody reads it. Write reward.on_timeout=value or reward.on_error=value as well.",
+            ),
+            (
+                self.calls_at_once >= 1,
+                f"reward.calls_at_once={self.calls_at_once}: no call at all. Write 1 or more.",
+            ),
+            (
+                calls_rate is None or 0 < calls_rate < math.inf,
+                f"reward.max_calls_per_s={calls_rate}: no call at all. Write a number above 0, or null.",
+            ),
+            (
+                self.max_calls_per_worker >= 1,
+                f"reward.max_calls_per_worker={self.max_calls_per_worker}: no call at all. Write 1 or more; 10000 is usual.",
+            ),
+            (
+                self.max_worker_mib >= 64,
+                f"reward.max_worker_mib={self.max_worker_mib}: Python alone takes more. Write 64 or more; 4096 is usual.",
+            ),
         )
+
+
+@dataclass(kw_only=True, slots=True)
+class Reward(RewardSettings):
+    """One reward function."""
+
+    fn: str = MISSING  # a name in reward_fns/, or `file.py:function`, or `package.module:function`
+    signature: str = "auto"  # the convention it is written in: rlkit, trl, verl, verifiers or plain; auto: told by its arguments
+
+    @property
+    def functions(self) -> dict[str, str]:
+        return {"": self.fn}
+
+    @property
+    def signature_of(self) -> dict[str, str]:
+        return {"": self.signature}
+
+    def __post_init__(self):
+        RewardSettings.__post_init__(self)
+        require(_known_convention("reward.signature", self.signature))
+
+
+@dataclass(kw_only=True, slots=True)
+class WeightedRewards(RewardSettings):
+    """Several reward functions per sample, each a named part; the reward is the weighted sum of those that judge its source."""
+
+    fns: dict[str, str] = MISSING  # name: function, written as in reward.fn
+    weights: dict[str, float] = field(default_factory=dict)  # name: weight; 1 where nothing is written
+    sources: dict[str, list[str]] = field(default_factory=dict)  # name: data sources that it judges; all where nothing is written
+    signatures: dict[str, str] = field(default_factory=dict)  # name: convention; auto where nothing is written
+
+    @property
+    def functions(self) -> dict[str, str]:
+        return self.fns
+
+    @property
+    def signature_of(self) -> dict[str, str]:
+        return {name: self.signatures.get(name, "auto") for name in self.fns}
+
+    def judges(self, name: str, source: str) -> bool:
+        """Whether the function has a say about samples of that source."""
+        return name not in self.sources or source in self.sources[name]
+
+    def __post_init__(self):
+        RewardSettings.__post_init__(self)
+        names = list(self.fns)
+        strangers = [
+            (False, f"reward.{key}.{name}: there is no such function in reward.fns. It has {', '.join(names)}.")
+            for key in ("weights", "sources", "signatures")
+            for name in getattr(self, key)
+            if name not in names
+        ]
+        weights = [
+            (math.isfinite(weight) and weight != 0, f"reward.weights.{name}={weight}: write a finite number other than 0.")
+            for name, weight in self.weights.items()
+        ]
+        conventions = [_known_convention(f"reward.signatures.{name}", each) for name, each in self.signatures.items()]
+        require((bool(names), "reward.fns={}: no function. Write reward.fns={accuracy:numeric_match,form:format}."), *strangers)
+        require(*weights, *conventions)
+
+
+def _known_convention(key: str, value: str) -> tuple[bool, str]:
+    return value in ("auto", *CONVENTIONS), f"{key}={value}: no such convention. Write auto or one of {', '.join(CONVENTIONS)}."
 
 
 @dataclass(kw_only=True, slots=True)

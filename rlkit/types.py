@@ -28,9 +28,11 @@ class FinishReason(Enum):
 
 
 class RewardStatus(Enum):
-    """What became of one sample's reward. Only `ok` samples are trained on."""
+    """What became of one sample's reward. Samples without one are not trained on."""
 
     ok = "ok"
+    wrong = "wrong"  # judged, and not the answer; only functions that say so (`rlkit.data.rewards.wrong`) tell it from ok
+    unparsable = "unparsable"  # there is no answer in it to judge
     skipped = "skipped"  # the function returned None: it has no opinion on this sample
     timeout = "timeout"  # it did not answer within its wall-clock limit, and was killed
     error = "error"  # it raised, or returned something that is not a finite number
@@ -52,6 +54,7 @@ class Prompt:
     prompt_ids: tuple[int, ...]
     source: str
     columns: dict[str, Any]
+    messages: tuple[dict[str, str], ...] | None = None  # as the chat template saw them; None: plain text
 
     @property
     def row_digest(self) -> str:
@@ -100,7 +103,8 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardResult:
-    """One sample's reward, matched to it by id. `reward` is None unless `status` is ok."""
+    """One sample's reward, matched to it by id. `reward` is None where there is none to train on: skipped, and timeout and error
+    unless `reward.failed_value` stands in for them."""
 
     sample_id: str
     status: RewardStatus

@@ -37,7 +37,7 @@ def test_a_real_run_needs_model_data_and_reward_only(own: list[str]):
     config = compose(["model=smollm2_135m", "data=gsm8k_jsonl", *own])
     assert (config.model.path, config.model.dtype) == ("smollm2_135m", Dtype.bfloat16)
     assert config.data == JsonlData(path="train.jsonl", prompt_column="question", chat=True)
-    assert config.reward.fn == "my_rewards.py:exact"
+    assert config.reward.functions == {"": "my_rewards.py:exact"}
 
 
 def test_own_data_gets_none_of_the_quickstarts_numbers(own: list[str]):

@@ -38,6 +38,7 @@ SHORTENED = {
     "rlkit compare": [],
     "rlkit choices": [],
     "rlkit model fetch": [],
+    "rlkit reward test": [],
 }
 
 

@@ -15,7 +15,7 @@ def score(name: str, completion: str, **row) -> float | None:
     function, signature = load(locate(name, Path.cwd()))
     assert not signature.group_wise
     [value] = function(prompts=["p"], completions=[completion], **{column: [cell] for column, cell in row.items()})
-    assert value is None or type(value) is float
+    assert value is None or isinstance(value, float)
     return value
 
 
@@ -203,5 +203,93 @@ def test_reasoning_gym_score_accepts_every_right_answer():
 def test_a_comparison_that_never_ends_is_a_timeout_and_not_a_wrong_answer(tmp_path):
     texts = [r"\boxed{10^{10^{10}}}", r"\boxed{3}"]
     items = [RewardItem(sample_id=t, group_id="g", prompt="", completion=t, columns={"answer": "3"}) for t in texts]
-    with RewardPool(Reward(fn="math_equivalence", timeout_s=2.0, num_workers=1, max_error_rate=1.0), base_dir=tmp_path) as pool:
+    settings = Reward(fn="math_equivalence", timeout_s=2.0, num_workers=1, max_error_rate=1.0)
+    with RewardPool(settings.fn, settings, base_dir=tmp_path) as pool:
         assert [result.status for result in pool.score(items)] == [RewardStatus.timeout, RewardStatus.ok]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "reward"),
+    [
+        ("The answer is (B).", "B", 1),
+        ("The answer is B", "b", 1),
+        (r"so \boxed{C}", "C", 1),
+        (r"\boxed{\text{(C)}}", "C", 1),
+        ("<answer>D</answer>", "(D)", 1),
+        ("B", "B", 1),
+        ("A", "A", 1),
+        ("I", "I", 1),
+        ("It is A. No: the answer is B", "B", 1),
+        ("Option A is wrong, so answer: C", "C", 1),
+        ("The answer is A", "B", 0),
+        ("I think B", "B", 1),
+        ("A dog is C", "C", 1),
+        ("B or C", "B", 0),
+        ("Banana", "B", 0),
+        ("", "B", 0),
+        ("the answer is Berlin", "B", 0),
+    ],
+)
+def test_multiple_choice(text, answer, reward):
+    assert score("multiple_choice", text, answer=answer) == reward
+
+
+def test_multiple_choice_by_number():
+    assert score("multiple_choice", "The answer is B", answer=1, choices=["x", "y"]) == 1
+    assert score("multiple_choice", "The answer is B", answer=7, choices=["x", "y"]) is None
+    assert score("multiple_choice", "The answer is B", answer="both") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reward", "status"),
+    [
+        ('{"a": 1}', 1, "ok"),
+        ('```json\n{"a": 1}\n```', 1, "ok"),
+        ('{"a": "1"}', 0, "wrong"),
+        ("[]", 0, "wrong"),
+        ('Here: {"a": 1}', 0, "unparsable"),
+        ("[" * 100_000, 0, "unparsable"),
+        ("", 0, "unparsable"),
+    ],
+)
+def test_json_schema(text, reward, status):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    for written in (schema, json.dumps(schema)):
+        found = score("json_schema", text, schema=written)
+        assert found == reward
+        assert getattr(found, "status", "ok") == status
+    assert score("json_schema", "{}", schema={"type": "nonsense"}) is None
+
+
+def test_shaping():
+    assert score("repetition", "a b c d e f") == 0
+    assert score("repetition", "a b c d a b c d") == pytest.approx(-1 / 5)
+    assert score("repetition", "a " * 100) == pytest.approx(-96 / 97)
+    assert score("repetition", "") == 0
+    assert [score("length", "w " * n, num_words=4) for n in (0, 2, 4, 6, 9)] == [0, 0.5, 1, 0.5, 0]
+    assert score("length", "w", num_words=None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "status"),
+    [
+        ("exact_match", "", "unparsable"),
+        ("exact_match", "5", "wrong"),
+        ("numeric_match", "none", "unparsable"),
+        ("numeric_match", "5", "wrong"),
+        ("gsm8k", "#### x", "unparsable"),
+        ("gsm8k", "#### 5", "wrong"),
+        ("math_equivalence", "no idea", "unparsable"),
+        ("math_equivalence", r"\boxed{5}", "wrong"),
+    ],
+)
+def test_a_verifier_says_whether_it_found_an_answer(name, text, status):
+    found = score(name, text, answer="4")
+    assert (found, getattr(found, "status", "ok")) == (0, status)
+
+
+def test_what_math_verify_gets_wrong_about_numbers_is_logged(caplog, monkeypatch):
+    function, _ = load(locate("math_equivalence", Path.cwd()))
+    monkeypatch.setitem(function.__globals__, "verify", lambda *_, **__: False)
+    assert function(prompts=["p"], completions=[r"\boxed{0.5}"], answer=[r"\frac{1}{2}"]) == [0.0]
+    assert "as numbers they say otherwise" in caplog.text

@@ -16,6 +16,7 @@ from rlkit.controller.placement import Seat
 from rlkit.errors import EngineLostError, ResourceError, RlkitError, WorkerError
 from rlkit.settings import ClusterSettings, ExistingRay, InProcess, LocalRay
 from rlkit.workers.handle import Handle
+from rlkit.workers.memory import keep_freed_memory
 
 START_DEADLINE_S = 600.0  # a worker's first call also waits for its imports and its model
 PLACEMENT_DEADLINE_S = 10.0  # until Ray has found room; it may just be taking back what a worker held that was stopped
@@ -69,9 +70,10 @@ def core_share(share: tuple[int, int]) -> list[int]:
 
 
 class ActorShell:
-    """What runs in a Ray actor: binds its cores, then builds the worker and passes calls on."""
+    """What runs in a Ray actor: binds its cores, keeps its memory, then builds the worker and passes calls on."""
 
     def __init__(self, target: str, share: tuple[int, int], args: tuple, kwargs: dict):
+        keep_freed_memory()
         # Explicit cores: two thread pools of unequal mind on the same cores cost several times their fair share.
         os.sched_setaffinity(0, core_share(share))
         module, cls = target.split(":")

@@ -17,10 +17,10 @@ from rlkit.controller.turns import SideBySide
 from rlkit.core.evaluation import bootstrap_interval, pass_at_k
 from rlkit.data.models.loading import load_tokenizer, resolve, stop_token_ids
 from rlkit.data.prompts import load_prompts
-from rlkit.data.rewards.pool import RewardPool
+from rlkit.data.rewards.weighted import open_rewards
 from rlkit.errors import ConfigError, DataError
 from rlkit.settings import HeldOut
-from rlkit.types import Prompt, RewardStatus, Rollout, SamplingSpec
+from rlkit.types import Prompt, Rollout, SamplingSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,10 +124,8 @@ def evaluate_checkpoint(config: RunConfig, cluster: Cluster) -> Evaluation:
         raise ConfigError("evaluation=none: there is nothing to evaluate. Write evaluation=held_out.")
     folder = resolve(config.model.path)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-    with RewardPool(config.reward, base_dir=Path.cwd()) as rewards:
-        prompts = load_prompts(
-            config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, reward_columns=rewards.signature.columns
-        )
+    with open_rewards(config.reward, base_dir=Path.cwd()) as rewards:
+        prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, missing=rewards.missing)
         sampler = Sampler(
             engines=Engines(config, cluster, SideBySide(), purpose="evaluation"),
             rewards=rewards,
@@ -167,7 +165,7 @@ def evaluate(
 
 def summarize(groups: Sequence[Sequence[Rollout]], settings: HeldOut, row_digests: Mapping[str, str]) -> Evaluation:
     """Figures per prompt. Samples without a reward are left out; a prompt with fewer than max(ks) of them left is as well."""
-    scored = [[rollout for rollout in group if rollout.status is RewardStatus.ok] for group in groups]
+    scored = [[rollout for rollout in group if rollout.reward is not None] for group in groups]
     kept = [group for group in scored if len(group) >= max(settings.ks)]
     if not kept:
         raise DataError("No held-out prompt has enough scored samples for evaluation.ks; look at the reward function's failures.")
@@ -175,9 +173,7 @@ def summarize(groups: Sequence[Sequence[Rollout]], settings: HeldOut, row_digest
     return Evaluation(
         prompt_ids=tuple(group[0].prompt_id for group in kept),
         row_digests=tuple(row_digests[group[0].prompt_id] for group in kept),
-        sample_rewards=tuple(
-            tuple(float(r.reward) for r in group if r.reward is not None) for group in kept
-        ),  # an ok sample has one
+        sample_rewards=tuple(tuple(float(r.reward) for r in group if r.reward is not None) for group in kept),
         num_correct=np.array([len(good) for good in right]),
         distinct=np.array([len({r.text.strip() for r in good}) for good in right], dtype=float),
         num_failed=sum(map(len, groups)) - sum(map(len, scored)),

@@ -11,7 +11,7 @@ from rlkit.config import RunConfig
 from rlkit.controller.sampling import Sampled, Sampler, Submitted
 from rlkit.core.shaping import DynamicSampling, PromptFilter
 from rlkit.data.collate import group_index
-from rlkit.data.order import PromptOrder
+from rlkit.data.order import Order
 from rlkit.data.prompts import PromptSet
 from rlkit.errors import DataError
 from rlkit.types import Rollout, SamplingSpec
@@ -23,7 +23,7 @@ class Feed:
 
     config: RunConfig
     prompts: PromptSet
-    order: PromptOrder
+    order: Order
     sampler: Sampler
     sampling: SamplingSpec
     drawn_before: Callable[[int], int]  # step -> how many prompts the steps before it draw

@@ -18,9 +18,9 @@ def trainable(rollouts: Sequence[Rollout], *, at_least: int) -> tuple[list[Rollo
     A failed reward is not a zero: the sample leaves its group's mean, its std and every denominator.
     """
     dropped: Counter[str] = Counter()
-    scored = [rollout for rollout in rollouts if rollout.status is RewardStatus.ok]
+    scored = [rollout for rollout in rollouts if rollout.reward is not None]
     for rollout in rollouts:
-        if rollout.status is not RewardStatus.ok:
+        if rollout.reward is None:
             dropped[rollout.status.value] += 1
     sizes = Counter(rollout.group_id for rollout in scored)
     kept = [rollout for rollout in scored if sizes[rollout.group_id] >= at_least]
@@ -33,13 +33,14 @@ def rollout_metrics(sampled: Sampled, kept: Sequence[Rollout], dropped: Counter[
     rollouts = sampled.rollouts
     lengths = np.array([len(rollout.response_ids) for rollout in rollouts], dtype=float)
     metrics = {
-        "reward/ok_fraction": sum(r.status is RewardStatus.ok for r in rollouts) / len(rollouts),
+        "reward/scored_fraction": sum(r.reward is not None for r in rollouts) / len(rollouts),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
         "length/frac_truncated": sum(r.finish_reason is FinishReason.length for r in rollouts) / len(rollouts),
         "group/dropped": float(dropped["group"]),
     }
-    metrics |= {f"reward/{s.value}": float(dropped[s.value]) for s in RewardStatus if dropped[s.value]}
+    statuses = Counter(rollout.status for rollout in rollouts)
+    metrics |= {f"reward/{s.value}": float(statuses[s]) for s in RewardStatus if statuses[s] and s is not RewardStatus.ok}
     if kept:
         rewards = np.array([rollout.reward for rollout in kept], dtype=float)
         groups = group_index(kept).numpy()

@@ -64,9 +64,9 @@ from rlkit.data.collate import collate, minibatches, truncated, with_reference
 from rlkit.data.models.loading import context_length, load_tokenizer, resolve, slow_arithmetic, stop_token_ids
 from rlkit.data.models.lora import adapted_shapes
 from rlkit.data.models.reference import check_reference
-from rlkit.data.order import PromptOrder
+from rlkit.data.order import order_of
 from rlkit.data.prompts import PromptSet, load_prompts
-from rlkit.data.rewards.pool import RewardPool
+from rlkit.data.rewards.weighted import open_rewards
 from rlkit.errors import ConfigError, Preempted, ResourceError, WorkerError
 from rlkit.metrics import Metric, merge, values
 from rlkit.settings import ExistingRay, HeldOut, LoraLearner, Placement
@@ -103,10 +103,8 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         adapted_shapes(folder, config.learner)  # refuses what the model has not
     stops = stop_token_ids(folder, tokenizer)
     with ExitStack() as stack:
-        rewards = stack.enter_context(RewardPool(config.reward, base_dir=Path.cwd()))
-        prompts = load_prompts(
-            config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, reward_columns=rewards.signature.columns
-        )
+        rewards = stack.enter_context(open_rewards(config.reward, base_dir=Path.cwd()))
+        prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, missing=rewards.missing)
         fingerprint = prompts.fingerprint()
         found, passed_over = newest_valid(run_dir) if resume else (None, [])
         progress = Progress.start(config)
@@ -144,7 +142,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         feed = Feed(
             config=config,
             prompts=explored,
-            order=PromptOrder(len(explored.train), config.seed),
+            order=order_of(explored.train, getattr(config.data, "source_weights", {}), config.seed),
             sampler=sampler,
             sampling=sampling,
             drawn_before=drawn_before,

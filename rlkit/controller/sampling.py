@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from rlkit.controller.dispatch import Ticket
 from rlkit.controller.fleet import Engines, Generation
-from rlkit.data.rewards.pool import RewardItem, RewardPool
+from rlkit.data.rewards.pool import RewardItem
+from rlkit.data.rewards.weighted import Rewards
 from rlkit.types import Prompt, Rollout, SampleRequest, SamplingSpec, single_turn_rollout
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Sampler:
     """Draws `group_size` responses per prompt and has them scored."""
 
     engines: Engines
-    rewards: RewardPool
+    rewards: Rewards
     tokenizer: PreTrainedTokenizerBase
     seed: int
 
@@ -73,7 +74,14 @@ class Sampler:
         results = self.rewards.score(
             [
                 RewardItem(
-                    sample_id=completion.sample_id, group_id=group, prompt=prompt.text, completion=text, columns=prompt.columns
+                    sample_id=completion.sample_id,
+                    group_id=group,
+                    prompt=prompt.text,
+                    completion=text,
+                    columns=prompt.columns,
+                    completion_ids=completion.response_ids.tolist(),
+                    messages=prompt.messages,
+                    source=prompt.source,
                 )
                 for prompt, completion, group, text in zip(submitted.owners, completions, groups, texts, strict=True)
             ]

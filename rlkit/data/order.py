@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from rlkit.errors import DataError
+from rlkit.types import Prompt
+
+BLOCK = 1000  # draws in which the sources' shares are exact, up to rounding
+
+
+class Order(Protocol):
+    """Which prompt each draw of the run gets."""
+
+    def take(self, cursor: int, n: int) -> list[int]:
+        """The indices of draws cursor .. cursor + n - 1."""
+        ...
+
+
+def order_of(prompts: Sequence[Prompt], weights: Mapping[str, float], seed: int) -> Order:
+    """Once each per epoch; or with `weights` by source, in these proportions."""
+    if not weights:
+        return PromptOrder(len(prompts), seed)
+    members: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        members.setdefault(prompt.source, []).append(index)
+    return WeightedOrder(members=list(members.values()), weights=[weights.get(name, 1.0) for name in members], seed=seed)
 
 
 @dataclass(slots=True)
@@ -35,3 +58,35 @@ class PromptOrder:
             words = np.random.Philox(key=np.array([self.seed % 2**64, epoch], dtype=np.uint64)).random_raw(self.num_prompts)
             self._permutation, self._epoch = np.argsort(words, kind="stable"), epoch
         return self._permutation
+
+
+@dataclass(slots=True)
+class WeightedOrder:
+    """Draws from several sources in proportion to their weights; each goes through its own prompts, epoch by epoch.
+
+    The sources alternate evenly, so that a batch holds close to the shares that the run does. The cursor is all there is to save.
+    """
+
+    members: list[list[int]]  # of each source: indices of its prompts
+    weights: list[float]
+    seed: int
+    _orders: list[PromptOrder] = field(init=False)
+    _pattern: list[tuple[int, int]] = field(init=False)  # of one block: a draw's source, and how many of its draws came before
+    _counts: list[int] = field(init=False)  # of each source's draws in one block
+
+    def __post_init__(self):
+        total = sum(self.weights)
+        self._counts = [max(round(BLOCK * weight / total), 1) for weight in self.weights]
+        places = [((rank + 0.5) / count, source, rank) for source, count in enumerate(self._counts) for rank in range(count)]
+        self._pattern = [(source, rank) for _, source, rank in sorted(places)]
+        self._orders = [PromptOrder(len(each), self.seed + source) for source, each in enumerate(self.members)]
+
+    def take(self, cursor: int, n: int) -> list[int]:
+        """The indices of draws cursor .. cursor + n - 1."""
+        found = []
+        for draw in range(cursor, cursor + n):
+            block, place = divmod(draw, len(self._pattern))
+            source, rank = self._pattern[place]
+            [index] = self._orders[source].take(block * self._counts[source] + rank, 1)
+            found.append(self.members[source][index])
+        return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -43,17 +43,20 @@ class _Offender:
     problem: str
 
 
+# A row's source and its columns -> the column that the reward function needs and the row lacks.
+Missing = Callable[[str, Mapping[str, Any]], str | None]
+
+
 def load_prompts(
-    settings: Data, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int, reward_columns: Iterable[str] = ()
+    settings: Data, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int, missing: Missing = lambda source, columns: None
 ) -> PromptSet:
-    """Reads, checks and tokenises the data. `reward_columns`: what the reward function cannot do without.
+    """Reads, checks and tokenises the data. `missing`: what the reward function says of a row.
 
     Raises DataError with up to ten of the rows that cannot be used; under `data.on_bad_row=drop` only if none is left.
     """
     source = read(settings)
     _check_template(source, tokenizer)
-    columns = tuple(reward_columns)
-    train, train_offenders = _prompts(source, source.train, tokenizer, max_prompt_tokens, columns, prefix="")
+    train, train_offenders = _prompts(source, source.train, tokenizer, max_prompt_tokens, missing, prefix="")
     offenders = train_offenders
     if source.held_out is None:
         fraction = settings.held_out_fraction
@@ -61,7 +64,7 @@ def load_prompts(
         chosen = {prompt.id for prompt in held_out}
         train = [prompt for prompt in train if prompt.id not in chosen]
     else:
-        held_out, held_out_offenders = _prompts(source, source.held_out, tokenizer, max_prompt_tokens, columns, prefix="held_out:")
+        held_out, held_out_offenders = _prompts(source, source.held_out, tokenizer, max_prompt_tokens, missing, prefix="held_out:")
         offenders = train_offenders + held_out_offenders
     if offenders and (settings.on_bad_row is BadRow.error or not train):
         raise DataError(_report(source, offenders, settings.on_bad_row))
@@ -69,6 +72,10 @@ def load_prompts(
         raise DataError(
             f"data {source.name}: all {len(held_out)} rows fell into the held-out share. Add rows, or lower data.held_out_fraction."
         )
+    sources = dict.fromkeys(prompt.source for prompt in train)
+    for name in getattr(settings, "source_weights", {}):
+        if name not in sources:
+            raise ConfigError(f"data.source_weights.{name}: no prompt is of that source. The sources are {', '.join(sources)}.")
     held_out.sort(key=lambda prompt: _hash(prompt.id))
     return PromptSet(train=train, held_out=held_out, dropped=dict(Counter(offender.kind for offender in offenders)))
 
@@ -78,15 +85,15 @@ def _prompts(
     rows: list[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
-    columns: tuple[str, ...],
+    missing: Missing,
     prefix: str,
 ) -> tuple[list[Prompt], list[_Offender]]:
     where = f"data {source.name}" + (" (held out)" if prefix else "")
-    _check_columns(source, rows, columns, where)
+    _check_columns(source, rows, missing, where)
     offenders, kept, seen = [], [], {}
     for row in rows:
         id = prefix + (row.label.replace(" ", "-") if source.id_column is None else str(row.values.get(source.id_column)))
-        kind, problem = _find_fault(source, row, columns)
+        kind, problem = _find_fault(source, row, missing)
         if not kind and id in seen:
             kind, problem = "duplicate_id", f"has the id {id} of {seen[id]}"
         if kind:
@@ -101,15 +108,23 @@ def _prompts(
         for chat, (_, row) in zip(is_chat, kept, strict=True)
     ]
     prompts = []
-    for (id, row), text, ids in zip(kept, texts, _encode(tokenizer, texts, is_chat), strict=True):
+    for (id, row), text, chat, ids in zip(kept, texts, is_chat, _encode(tokenizer, texts, is_chat), strict=True):
         if not ids:
             offenders.append(_Offender(label=prefix + row.label, kind="empty_prompt", problem="has a prompt without a token"))
         elif len(ids) > max_prompt_tokens:
             problem = f"has {len(ids)} tokens, max_prompt_tokens={max_prompt_tokens}"
             offenders.append(_Offender(label=prefix + row.label, kind="too_long", problem=problem))
         else:
-            name = source.name if source.source_column is None else str(row.values[source.source_column])
-            prompts.append(Prompt(id=id, text=text, prompt_ids=tuple(ids), source=name, columns=row.values))
+            prompts.append(
+                Prompt(
+                    id=id,
+                    text=text,
+                    prompt_ids=tuple(ids),
+                    source=_source_of(source, row),
+                    columns=row.values,
+                    messages=tuple(_messages(source, row)) if chat else None,
+                )
+            )
     return prompts, offenders
 
 
@@ -131,7 +146,7 @@ def _check_template(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
 _TEMPLATE_FIX = "Write data.chat=false with prompts in plain text, or choose a model that was tuned for chat."
 
 
-def _check_columns(source: Source, rows: list[Row], columns: tuple[str, ...], where: str) -> None:
+def _check_columns(source: Source, rows: list[Row], missing: Missing, where: str) -> None:
     if not rows:
         raise DataError(f"{where}: it has no rows. Write the path of a data set that has some.")
     existing = column_names(rows)
@@ -143,11 +158,11 @@ def _check_columns(source: Source, rows: list[Row], columns: tuple[str, ...], wh
     for setting in ("id_column", "source_column"):
         if (column := getattr(source, setting)) is not None and column not in existing:
             raise DataError(f"{where}: there is no column {column}; set data.{setting}. The columns are {listed}.")
-    for name in columns:
-        if name not in existing:
+    for name in {_source_of(source, row) for row in rows if not row.problem}:
+        if (column := missing(name, dict.fromkeys(existing))) is not None:
             raise DataError(
-                f"{where}: the reward function needs a column {name}, and there is none. The columns are {listed}; "
-                f"write data.columns.{name}=<one of them>, or change the function's arguments."
+                f"{where}: the reward function needs a column {column}, and there is none. The columns are {listed}; "
+                f"write data.columns.{column}=<one of them>, or change the function's arguments."
             )
     for name in RESERVED:
         if name in existing:
@@ -156,11 +171,12 @@ def _check_columns(source: Source, rows: list[Row], columns: tuple[str, ...], wh
             )
 
 
-def _find_fault(source: Source, row: Row, columns: tuple[str, ...]) -> tuple[str, str]:
+def _find_fault(source: Source, row: Row, missing: Missing) -> tuple[str, str]:
     """The kind and the description of what is wrong with a row; two empty strings when nothing is."""
     if row.problem:
         return "unreadable", row.problem
-    for name in (source.prompt_column, source.id_column, source.source_column, *columns):
+    wanted = missing(_source_of(source, row), row.values)
+    for name in (source.prompt_column, source.id_column, source.source_column, wanted):
         if name is not None and name not in row.values:
             return "missing_key", f"lacks {name}; it has {', '.join(row.values)}"
     # A table fills a gap with None; a reward function may see that.
@@ -203,15 +219,23 @@ def _check_encodable(text: str) -> tuple[str, str]:
     return "", ""
 
 
+def _source_of(source: Source, row: Row) -> str:
+    """The name of where the row comes from; where it does not say, which is found out elsewhere, of the whole."""
+    name = None if source.source_column is None else row.values.get(source.source_column)
+    return source.name if name is None else str(name)
+
+
+def _messages(source: Source, row: Row) -> list[dict[str, str]]:
+    prompt = row.values[source.prompt_column]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return messages if source.system_prompt is None else [{"role": "system", "content": source.system_prompt}, *messages]
+
+
 def _render(source: Source, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     from jinja2 import TemplateError
 
-    prompt = row.values[source.prompt_column]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if source.system_prompt is not None:
-        messages = [{"role": "system", "content": source.system_prompt}, *messages]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(_messages(source, row), tokenize=False, add_generation_prompt=True))
     except TemplateError as error:
         raise DataError(
             f"data {source.name}: {row.label}: the model's chat template refuses its messages ({error}). "

@@ -18,10 +18,13 @@ from rlkit.settings import (
     ExpressionsData,
     HuggingFaceData,
     JsonlData,
+    MixtureData,
     ParquetData,
     ReasoningGymData,
     TableData,
 )
+
+SOURCE, MIXED_ID = "data_source", "mixture_id"  # columns that a mixture's rows get
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +65,8 @@ def read(settings: Data) -> Source:
         case ParquetData():
             held_out = None if settings.held_out_path is None else _rows_of_parquet("held_out_path", settings.held_out_path)
             return _table(settings, Path(settings.path).name, _rows_of_parquet("path", settings.path), held_out)
+        case MixtureData():
+            return _read_mixture(settings)
         case HuggingFaceData():
             split = settings.held_out_split
             held_out = None if split is None else _rows_of_split(settings, "held_out_split", split)
@@ -121,6 +126,29 @@ def _table(settings: TableData, name: str, train: list[Row], held_out: list[Row]
         prompt_column=settings.prompt_column,
         id_column=settings.id_column,
         source_column=settings.source_column,
+        chat=settings.chat,
+        system_prompt=settings.system_prompt,
+    )
+
+
+def _read_mixture(settings: MixtureData) -> Source:
+    """Rows of all files, one file after the other. A row carries its source, and ids are told apart by it."""
+    rows = []
+    for name, path in settings.files.items():
+        read_file = _rows_of_parquet if path.endswith(".parquet") else _rows_of_jsonl
+        for number, row in enumerate(_rename(settings.columns, read_file(f"files.{name}", path)), start=1):
+            own = number if settings.id_column is None else row.values.get(settings.id_column)
+            # A row without its id stays so, and is reported as any other such row.
+            named = {SOURCE: name} | ({} if own is None else {MIXED_ID: f"{name}:{own}"})
+            values = row.values | named if row.values else {}
+            rows.append(Row(label=f"{name} {row.label}", values=values, problem=row.problem))
+    return Source(
+        name="mixture",
+        train=rows,
+        held_out=None,
+        prompt_column=settings.prompt_column,
+        id_column=MIXED_ID,
+        source_column=SOURCE,
         chat=settings.chat,
         system_prompt=settings.system_prompt,
     )

@@ -16,7 +16,7 @@ from rlkit.report.runs import Arm, Run, differing, find_runs, group_runs, shared
 ENOUGH_SEEDS = 5  # of an arm, before a difference may be called one
 TAIL = 10  # a figure of training is the mean of the last tenth of the steps
 TRAINING = {"entropy/mean": "entropy", "kl/ref_token_mean": "KL to reference", "divergence/exact": "exact divergence"}
-SAMPLED_BY = {"reward.fn", "max_response_tokens"} | {
+SAMPLED_BY = {"reward.fn", "reward.fns", "reward.weights", "max_response_tokens"} | {
     f"evaluation.{name}" for name in ("samples_per_prompt", "right_from", "temperature", "top_p", "top_k", "min_p")
 }
 

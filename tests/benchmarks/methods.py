@@ -62,7 +62,7 @@ def main() -> None:
     from rlkit.workers.learner import Learner
 
     def settings(*overrides: str):
-        common = ["model.dtype=float32", "aggregation=token_mean", "optimizer.learning_rate=1e-6", "max_response_tokens=48"]
+        common = ["model.dtype=float32", "optimizer.learning_rate=1e-6", "max_response_tokens=48"]
         return compose([f"model={arguments.model}", *common, *overrides])
 
     learner = Learner(Rank(index=0, count=1))

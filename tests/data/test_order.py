@@ -1,7 +1,8 @@
 import pytest
 
-from rlkit.data.order import PromptOrder
+from rlkit.data.order import BLOCK, PromptOrder, WeightedOrder, order_of
 from rlkit.errors import DataError
+from rlkit.types import Prompt
 
 STORED = [0, 2, 1, 5, 4, 3, 6, 7, 5, 3, 7, 2, 4, 1, 0, 6]
 
@@ -36,3 +37,34 @@ def test_a_batch_may_be_larger_than_the_data():
 def test_no_prompts_is_an_error():
     with pytest.raises(DataError, match=r"num_prompts=0"):
         PromptOrder(0, seed=0)
+
+
+def prompts(*sources: str) -> list[Prompt]:
+    return [Prompt(id=str(i), text="t", prompt_ids=(1,), source=source, columns={}) for i, source in enumerate(sources)]
+
+
+def test_sources_are_drawn_by_their_weights_and_each_goes_through_its_own_prompts():
+    mixed = prompts(*"aaaaaaaabbc")
+    order = order_of(mixed, {"a": 1.0, "b": 2.0}, seed=1)  # c weighs 1
+    drawn = [mixed[index].source for index in order.take(0, BLOCK)]
+    assert {name: drawn.count(name) for name in "abc"} == {"a": BLOCK // 4, "b": BLOCK // 2, "c": BLOCK // 4}
+    for start in range(0, BLOCK, 32):  # also in every batch, as nearly as it can be
+        batch = drawn[start : start + 32]
+        assert abs(batch.count("b") - len(batch) / 2) <= 1
+    of_a = [index for index in order.take(0, BLOCK) if mixed[index].source == "a"]
+    assert all(sorted(of_a[start : start + 8]) == list(range(8)) for start in range(0, len(of_a) - 8, 8))
+
+
+def test_a_weighted_order_goes_on_from_its_cursor():
+    def make():
+        return WeightedOrder(members=[[0, 1, 2], [3, 4]], weights=[0.3, 0.7], seed=4)
+
+    whole = make().take(0, 3 * BLOCK)
+    assert make().take(BLOCK - 5, BLOCK) == whole[BLOCK - 5 : 2 * BLOCK - 5]
+    # A source goes on through its prompts where a block ends.
+    own = [index for index in whole if index < 3]
+    assert all(sorted(own[start : start + 3]) == [0, 1, 2] for start in range(0, len(own) - 3, 3))
+
+
+def test_without_weights_every_prompt_is_drawn_alike():
+    assert order_of(prompts(*"aab"), {}, seed=3).take(0, 9) == PromptOrder(3, seed=3).take(0, 9)

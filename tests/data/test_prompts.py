@@ -13,6 +13,7 @@ from rlkit.settings import (
     ExpressionsData,
     HuggingFaceData,
     JsonlData,
+    MixtureData,
     ParquetData,
     ReasoningGymData,
     TableData,
@@ -53,7 +54,10 @@ def write(tmp_path):
 
 
 def load(settings, tokenizer, max_prompt_tokens=100, reward_columns=()):
-    return load_prompts(settings, tokenizer, max_prompt_tokens=max_prompt_tokens, reward_columns=reward_columns)
+    def missing(source, columns):
+        return next((name for name in reward_columns if name not in columns), None)
+
+    return load_prompts(settings, tokenizer, max_prompt_tokens=max_prompt_tokens, missing=missing)
 
 
 def table(path, cls: Callable[..., TableData] = JsonlData, **settings):
@@ -281,3 +285,28 @@ def test_the_built_in_tasks_hold_out_problems_by_their_own_rules(chat_tokenizer)
     found = load(ComparisonData(), chat_tokenizer, max_prompt_tokens=200, reward_columns=["answer"])
     assert len(found.train) + len(found.held_out) == 90 * 89
     assert found.train[0].text.startswith("<user>Which number is larger, ")
+
+
+def test_a_mixture_tells_its_files_apart(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "1 2", "answer": "x", "id": 7}\n{"prompt": "3 4", "answer": "y", "id": 8}\n')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "5 6", "answer": "z", "id": 7}\n')
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in "ab"}
+    settings = MixtureData(files=files, id_column="id", source_weights={"b": 3.0}, held_out_fraction=0.0)
+    found = load(settings, tokenizer, reward_columns=["answer"]).train
+    assert [(prompt.id, prompt.source, prompt.columns["answer"]) for prompt in found] == [
+        ("a:7", "a", "x"),
+        ("a:8", "a", "y"),
+        ("b:7", "b", "z"),
+    ]
+
+
+def test_weights_are_of_sources_that_exist(tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match=r"data.source_weights.c: data.files has a. Correct the name"):
+        MixtureData(files={"a": "a.jsonl"}, source_weights={"c": 1.0})
+    with pytest.raises(ConfigError, match=r"data.source_weights: all rows are of one source"):
+        JsonlData(path="a.jsonl", source_weights={"c": 1.0})
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "1 2", "of": "a"}\n')
+    settings = JsonlData(path=str(file), source_column="of", source_weights={"c": 1.0}, held_out_fraction=0.0)
+    with pytest.raises(ConfigError, match=r"data.source_weights.c: no prompt is of that source. The sources are a"):
+        load(settings, tokenizer)

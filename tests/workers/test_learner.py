@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from torch.distributed.fsdp import FSDPModule
 
 from rlkit.compose import compose
 from rlkit.controller.preparation import choose, filtered, narrow, weigh
@@ -175,6 +176,19 @@ def test_activation_checkpointing_leaves_the_gradient_unchanged_and_keeps_less(b
     assert kept[1] < 0.6 * kept[0]
     for name, gradient in gradients[0].items():
         assert gradients[1][name].equal(gradient), name
+
+
+def test_one_rank_rounds_parameters_as_fsdp_does(begin, make_batch):
+    """With checkpointed activations FSDP does it, without `Learner._run`."""
+    batch = make_batch(rows=9)
+    found = []
+    for setting in ("false", "true"):
+        learner = begin("model.dtype=bfloat16", f"learner.activation_checkpointing={setting}", "learner.tokens_per_microbatch=128")
+        assert isinstance(learner.policy, FSDPModule) is (setting == "true")
+        found.append(gradient_of_one_step(learner, batch))
+        assert all(gradient.dtype == torch.float32 for gradient in found[-1].values())
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).norm() <= 1e-6 * gradient.norm(), name
 
 
 def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_stop_the_run(begin, make_batch):

@@ -1,14 +1,15 @@
-"""Finds a reward function and reads what it asks for. Workers import this file, so it may not import torch.
+"""Finds a reward function. Workers import this file, so it may not import torch.
 
 A reward function is `def reward(prompts, completions, <columns>, **columns) -> list[float | None]`, plain or async: text in,
-one number per completion out, None for a row it cannot judge. A named argument is a column of the data set.
+one number per completion out, None for a row it cannot judge. A named argument is a column of the data set. Other conventions
+are in `signatures.py`.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.machinery import PathFinder
@@ -16,43 +17,19 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from rlkit.errors import ConfigError, DataError
+from rlkit.data.rewards.signatures import AUTO, RewardSignature, read_signature
+from rlkit.errors import ConfigError
 from rlkit.resources import reward_fns_dir
 
 F = TypeVar("F", bound=Callable)
-TEXTS = ("prompts", "completions")
 
 
 def group_wise(function: F) -> F:
     """Marks a reward function that compares: each call gets all completions of one prompt, not a list of one."""
     function.group_wise = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RewardSignature:
-    """What a reward function takes, as its worker read it."""
-
-    name: str  # as in `reward.fn`
-    texts: tuple[str, ...]  # those of `prompts` and `completions` that it takes
-    columns: tuple[str, ...]  # without these it cannot be called
-    optional_columns: tuple[str, ...]  # these have defaults
-    takes_all_columns: bool  # it ends in **columns
-    group_wise: bool
-
-    def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a row to send. Raises DataError for a column that is needed and missing."""
-        for name in self.columns:
-            if name not in columns:
-                listed = ", ".join(columns)
-                raise DataError(
-                    f"{self.name} needs a column {name}. The columns are {listed}; write data.columns.{name}=<one of them>."
-                )
-        if self.takes_all_columns:
-            return {name: value for name, value in columns.items() if name not in TEXTS}
-        return {name: columns[name] for name in (*self.columns, *self.optional_columns) if name in columns}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +88,7 @@ def _check_module(name: str, module: str, base_dir: Path) -> None:
         path = spec.submodule_search_locations or []
 
 
-def load(location: Location) -> tuple[Callable, RewardSignature]:
+def load(location: Location, convention: str = AUTO) -> tuple[Callable, RewardSignature]:
     """Imports the function: runs user code, so only a worker calls this. Raises ConfigError when there is no such function."""
     if location.import_path is not None:
         sys.path.insert(0, str(location.import_path))
@@ -124,7 +101,7 @@ def load(location: Location) -> tuple[Callable, RewardSignature]:
     if not callable(function):
         own = sorted(name for name, value in inspect.getmembers(module, inspect.isfunction) if value.__module__ == module.__name__)
         raise ConfigError(f"reward.fn={location.name}: there is no function {location.function}. Its functions are {_listed(own)}.")
-    return function, _read_signature(location.name, function)
+    return function, read_signature(location.name, function, convention)
 
 
 def _import_file(file: Path) -> ModuleType:
@@ -136,26 +113,6 @@ def _import_file(file: Path) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up
     spec.loader.exec_module(module)
     return module
-
-
-def _read_signature(name: str, function: Callable) -> RewardSignature:
-    parameters = list(inspect.signature(function).parameters.values())
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    named = {parameter.name: parameter for parameter in parameters if parameter.kind in by_name}
-    if "completions" not in named and not takes_all:
-        raise ConfigError(
-            f"reward.fn={name}: takes ({', '.join(named)}). Write def {function.__name__}(prompts, completions, **columns)."
-        )
-    columns = {name: parameter for name, parameter in named.items() if name not in TEXTS}
-    return RewardSignature(
-        name=name,
-        texts=tuple(text for text in TEXTS if text in named or takes_all),
-        columns=tuple(name for name, parameter in columns.items() if parameter.default is parameter.empty),
-        optional_columns=tuple(name for name, parameter in columns.items() if parameter.default is not parameter.empty),
-        takes_all_columns=takes_all,
-        group_wise=bool(getattr(function, "group_wise", False)),
-    )
 
 
 def _listed(names: list[str]) -> str:

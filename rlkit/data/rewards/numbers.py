@@ -28,6 +28,12 @@ def last_number(text: str) -> Fraction | None:
     return None if found is None else _value(found)
 
 
+def whole_number(text: str) -> Fraction | None:
+    """The value of a text that is one number and nothing else, read as `last_number` does; None for any other text."""
+    match = _NUMBER.fullmatch(text.translate(_NOTATION).replace("{,}", ",").strip())
+    return None if match is None else _value(match)
+
+
 def _value(match: re.Match[str]) -> Fraction | None:
     if len(match.group()) > _MAX_DIGITS:
         return None

@@ -11,16 +11,17 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlkit.data.rewards.functions import RewardSignature, locate
-from rlkit.data.rewards.process import WorkerDied, WorkerHung, WorkerProcess
-from rlkit.errors import DataError, RewardError, RlkitError
-from rlkit.settings import Reward
+from rlkit.data.rewards.functions import locate
+from rlkit.data.rewards.process import WorkerDied, WorkerGrew, WorkerHung, WorkerProcess
+from rlkit.data.rewards.signatures import AUTO, RewardSignature
+from rlkit.errors import ConfigError, DataError, RewardError, RlkitError
+from rlkit.settings import BY_VALUE, OnFailure, RewardSettings
 from rlkit.types import RewardResult, RewardStatus
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,9 @@ class RewardItem:
     prompt: str
     completion: str
     columns: Mapping[str, Any]
+    completion_ids: Sequence[int] = ()
+    messages: Sequence[Mapping[str, str]] | None = None  # of a prompt in chat; None: it is plain text
+    source: str = ""  # of the row
 
 
 @dataclass(slots=True)
@@ -62,18 +66,28 @@ class _Call:
     sample_ids: list[str]
     message: dict[str, Any]
     num_attempts: int = field(default=0)
+    is_alone: bool = field(default=False)  # shares no event loop: it may be the one that held one up
 
 
 class RewardPool:
-    """`reward.num_workers` processes that run `reward.fn`. Use it as a context manager, or call `close`."""
+    """`reward.num_workers` processes that run one reward function. Use it as a context manager, or call `close`."""
 
-    def __init__(self, settings: Reward, *, base_dir: Path, start_limit_s: float = START_LIMIT_S):
+    def __init__(
+        self,
+        fn: str,
+        settings: RewardSettings,
+        *,
+        base_dir: Path,
+        convention: str = AUTO,
+        start_limit_s: float = START_LIMIT_S,
+    ):
         """Starts the workers and waits for them. Raises ConfigError when the function cannot be found or imported.
 
         `base_dir`: where `file.py:function` and `package.module:function` are looked up, and the function's working directory.
         """
+        self._fn, self._convention = fn, convention
         self._settings, self._base_dir, self._start_limit_s = settings, base_dir.resolve(), start_limit_s
-        locate(settings.fn, self._base_dir)
+        locate(fn, self._base_dir)
         self._changed = threading.Condition()  # guards everything below
         self._calls: deque[_Call] = deque()
         self._jobs: list[_Job] = []
@@ -81,6 +95,7 @@ class RewardPool:
         self._signature: RewardSignature | None = None
         self._failure: RlkitError | None = None
         self._closed = False
+        self._next_call_at = 0.0  # by `reward.max_calls_per_s`
         self._call_s = CHUNK_S / 8  # a running mean of how long a call takes
         self._recent: deque[bool] = deque(maxlen=ERROR_WINDOW)  # True: failed
         self._num_seen = self._num_failed = 0
@@ -102,6 +117,10 @@ class RewardPool:
         """What the function asks for."""
         assert self._signature is not None  # the constructor waited for it
         return self._signature
+
+    def missing(self, source: str, columns: Mapping[str, Any]) -> str | None:
+        """The column that a row lacks, whatever its source."""
+        return self.signature.missing(columns)
 
     @property
     def worker_pids(self) -> list[int]:
@@ -126,7 +145,7 @@ class RewardPool:
             if self._failure is not None:
                 raise self._failure
             if self._closed:
-                raise RewardError(f"reward.fn={self._settings.fn}: its pool is closed. Open a new one.")
+                raise RewardError(f"reward.fn={self._fn}: its pool is closed. Open a new one.")
             if calls:
                 self._jobs.append(job)
                 self._calls.extend(calls)
@@ -148,9 +167,7 @@ class RewardPool:
         for thread in self._threads:
             thread.join()
         for job in jobs:
-            job.future.set_exception(
-                RewardError(f"reward.fn={self._settings.fn}: its pool was closed before it had scored everything.")
-            )
+            job.future.set_exception(RewardError(f"reward.fn={self._fn}: its pool was closed before it had scored everything."))
 
     def __enter__(self) -> RewardPool:
         return self
@@ -170,8 +187,10 @@ class RewardPool:
                 name: [_plain(row.get(name), name, item.sample_id) for row, item in zip(rows, members, strict=True)]
                 for name in rows[0]
             }
-            prompts, completions = [item.prompt for item in members], [item.completion for item in members]
-            message = {"prompts": prompts, "completions": completions, "columns": columns}
+            fields = {
+                name: [_plain(getattr(item, name), name, item.sample_id) for item in members] for name in self.signature.fields
+            }
+            message = fields | {"columns": columns}
             calls.append(_Call(job=job, positions=positions, sample_ids=[item.sample_id for item in members], message=message))
         return calls
 
@@ -183,13 +202,16 @@ class RewardPool:
                 try:
                     self._welcome(worker.wait_until_ready())
                     num_failed_starts = 0
-                    while (calls := self._take()) and self._run(worker, calls):
-                        pass
+                    num_calls = 0
+                    while num_calls < self._settings.max_calls_per_worker and (calls := self._take()):
+                        num_calls += len(calls)
+                        if not self._run(worker, calls) or worker.memory_mib() > self._settings.max_worker_mib:
+                            break
                 except WorkerDied as death:  # while it started; `_run` catches the others
                     num_failed_starts += 1
                     if self._signature is None or num_failed_starts == MAX_ATTEMPTS:
                         raise RewardError(
-                            f"reward.fn={self._settings.fn}: its worker {death} while importing it. See what it printed before."
+                            f"reward.fn={self._fn}: its worker {death} while importing it. See what it printed before."
                         ) from None
                 finally:
                     with self._changed:
@@ -198,22 +220,31 @@ class RewardPool:
         except RlkitError as error:
             self._fail(error)
         except Exception as error:  # a bug of ours must not leave callers waiting for ever
-            self._fail(RewardError(f"reward.fn={self._settings.fn}: the pool itself broke: {error!r}. Please report it."))
+            self._fail(RewardError(f"reward.fn={self._fn}: the pool itself broke: {error!r}. Please report it."))
             raise
 
     def _start(self, slot: int) -> WorkerProcess | None:
         with self._changed:
             if self._closed or self._failure is not None:
                 return None
-            worker = WorkerProcess(self._settings.fn, self._base_dir, start_limit_s=self._start_limit_s)
+            worker = WorkerProcess(
+                self._fn,
+                self._base_dir,
+                convention=self._convention,
+                max_mib=self._settings.max_worker_mib,
+                start_limit_s=self._start_limit_s,
+            )
             self._workers[slot] = worker
             return worker
 
     def _welcome(self, signature: RewardSignature) -> None:
         with self._changed:
             if self._signature is not None and signature != self._signature:
-                raise RewardError(
-                    f"reward.fn={self._settings.fn}: its file changed its arguments during the run. Start the run again."
+                raise RewardError(f"reward.fn={self._fn}: its file changed its arguments during the run. Start the run again.")
+            if self._settings.calls_at_once > 1 and not signature.is_async:
+                raise ConfigError(
+                    f"reward.calls_at_once={self._settings.calls_at_once}: reward.fn={self._fn} is not async, and one call of it "
+                    "keeps its worker. Write reward.num_workers instead."
                 )
             self._signature = signature
             self._num_ready += 1
@@ -222,27 +253,45 @@ class RewardPool:
     def _take(self) -> list[_Call]:
         """The next calls for one worker; empty when there will be no more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._calls or self._closed or self._failure is not None)
+            while not (self._closed or self._failure is not None):
+                pause = self._next_call_at - time.monotonic()
+                if self._calls and pause <= 0:
+                    break
+                self._changed.wait(pause if self._calls else None)
             if self._closed or self._failure is not None:
                 return []
             share = -(-len(self._calls) // self._settings.num_workers)
             size = max(1, min(int(CHUNK_S / self._call_s), share, MAX_CHUNK))
+            if self._settings.calls_at_once > 1:
+                size = min(share, self._settings.calls_at_once)
+            if (rate := self._settings.max_calls_per_s) is not None:
+                size = min(size, max(1, int(rate * CHUNK_S)))
+                self._next_call_at = max(self._next_call_at, time.monotonic()) + size / rate
+            if any(self._calls[index].is_alone for index in range(size)):
+                size = 1
             return [self._calls.popleft() for _ in range(size)]
 
     def _run(self, worker: WorkerProcess, calls: list[_Call]) -> bool:
         """Whether the worker can take more. What it did not answer is finished or queued again."""
         num_answered, started = 0, time.monotonic()
+        together = self._settings.calls_at_once > 1
 
         def recall(first: int) -> None:
             self._put_back(calls[first:])
             del calls[first:]
 
         try:
-            for answer in worker.run([call.message for call in calls], limit_s=self._settings.timeout_s, recall=recall):
+            messages, limit_s = [call.message for call in calls], self._settings.timeout_s
+            for answer in worker.run(messages, limit_s=limit_s, recall=recall, together=together):
                 self._finish(calls[num_answered], answer)
                 num_answered += 1
-        except (WorkerHung, WorkerDied) as failure:
+        except (WorkerHung, WorkerDied, WorkerGrew) as failure:
             worker.kill()
+            if together and len(calls) > 1:  # any of them may be the cause
+                for call in calls[num_answered:]:
+                    call.is_alone = True
+                self._put_back(calls[num_answered:])
+                return False
             self._put_back(calls[num_answered + 1 :])
             if num_answered < len(calls):  # else it was busy with a call that another worker has by now
                 self._blame(calls[num_answered], failure)
@@ -251,11 +300,14 @@ class RewardPool:
             self._call_s = 0.5 * (self._call_s + (time.monotonic() - started) / len(calls))
         return True
 
-    def _blame(self, call: _Call, failure: WorkerHung | WorkerDied) -> None:
+    def _blame(self, call: _Call, failure: WorkerHung | WorkerDied | WorkerGrew) -> None:
         """The call a worker hung in is lost. One it died in is tried once more: the cause may have come from outside."""
         if isinstance(failure, WorkerHung):
             summary = f"no answer within reward.timeout_s={self._settings.timeout_s:g}; its worker was killed"
             self._finish(call, {"timeout": {"summary": summary, "traceback": ""}})
+            return
+        if isinstance(failure, WorkerGrew):
+            self._finish(call, {"error": {"summary": f"its worker {failure} and was killed", "traceback": ""}})
             return
         call.num_attempts += 1
         if call.num_attempts < MAX_ATTEMPTS:
@@ -271,18 +323,21 @@ class RewardPool:
 
     def _finish(self, call: _Call, answer: Mapping[str, Any]) -> None:
         if "contract" in answer:
-            self._fail(
-                DataError(f"reward.fn={self._settings.fn} {answer['contract']} (sample {call.sample_ids[0]}). Fix what it returns.")
-            )
+            self._fail(DataError(f"reward.fn={self._fn} {answer['contract']} (sample {call.sample_ids[0]}). Fix what it returns."))
             return
-        results = _read_answer(call, answer)
+        results = [self._settle(result) for result in _read_answer(call, answer)]
+        if call.num_attempts + 1 < MAX_ATTEMPTS and any(self._policy(result) is OnFailure.retry for result in results):
+            call.num_attempts += 1
+            self._put_back([call])
+            return
         details = next((answer[kind]["traceback"] for kind in ("error", "timeout") if kind in answer), "")
+        stopping = next((result for result in results if self._policy(result) is OnFailure.stop), None)
         with self._changed:
             for position, result in zip(call.positions, results, strict=True):
                 call.job.results[position] = result
                 self._count(result, details)
             call.job.num_left -= len(results)
-            failure = self._judge()
+            failure = self._judge() if stopping is None else self._stop(stopping)
             # A failure, this or an earlier one, ends the job in `_fail`, and `close` ends it too.
             is_done = failure is None and call.job.num_left == 0 and call.job in self._jobs
             if is_done:
@@ -292,6 +347,21 @@ class RewardPool:
         if is_done:
             call.job.future.set_result([result for result in call.job.results if result is not None])
 
+    def _policy(self, result: RewardResult) -> OnFailure | None:
+        """What the settings want of a sample whose reward failed; None: it did not."""
+        return {RewardStatus.timeout: self._settings.on_timeout, RewardStatus.error: self._settings.on_error}.get(result.status)
+
+    def _settle(self, result: RewardResult) -> RewardResult:
+        if self._policy(result) is BY_VALUE:
+            return replace(result, reward=self._settings.failed_value)
+        return result
+
+    def _stop(self, result: RewardResult) -> RewardError:
+        return RewardError(
+            f"reward.fn={self._fn}: sample {result.sample_id}: {result.message}. reward.on_{result.status.value}=stop "
+            "ends the run; fix the function, or write mask."
+        )
+
     def _count(self, result: RewardResult, details: str) -> None:
         failed = result.status in (RewardStatus.error, RewardStatus.timeout)
         self._recent.append(failed)
@@ -299,7 +369,7 @@ class RewardPool:
         self._num_failed += failed
         if failed and not self._first_failure:
             self._first_failure = f"sample {result.sample_id}: {result.message}"
-            logger.warning("reward.fn=%s failed on %s%s", self._settings.fn, self._first_failure, details and f"\n{details}")
+            logger.warning("reward.fn=%s failed on %s%s", self._fn, self._first_failure, details and f"\n{details}")
 
     def _judge(self) -> RewardError | None:
         """Before the window is full, only a count that no later success could make acceptable counts, or nothing but failures."""
@@ -309,7 +379,7 @@ class RewardPool:
         if num_failed <= limit * ERROR_WINDOW and not hopeless:
             return None
         return RewardError(
-            f"reward.fn={self._settings.fn}: {num_failed} of the last {len(self._recent)} samples failed, more than "
+            f"reward.fn={self._fn}: {num_failed} of the last {len(self._recent)} samples failed, more than "
             f"reward.max_error_rate={limit:g} of {ERROR_WINDOW} allows. The first was {self._first_failure}. "
             f"Fix the function, or let it return None for a sample it cannot judge."
         )
@@ -336,14 +406,21 @@ def _read_answer(call: _Call, answer: Mapping[str, Any]) -> list[RewardResult]:
             message = answer[kind.value]["summary"]
             return [RewardResult(sample_id=sample_id, status=kind, message=message) for sample_id in call.sample_ids]
     results = []
-    for sample_id, (reward, *more) in zip(call.sample_ids, answer["values"], strict=True):
-        if reward is None and more:
-            results.append(RewardResult(sample_id=sample_id, status=RewardStatus.error, message=more[0]))
-        elif reward is None:
+    for sample_id, value in zip(call.sample_ids, answer["values"], strict=True):
+        if "problem" in value:
+            results.append(RewardResult(sample_id=sample_id, status=RewardStatus.error, message=value["problem"]))
+        elif "reward" not in value:
             results.append(RewardResult(sample_id=sample_id, status=RewardStatus.skipped))
         else:
-            parts = more[0] if more else {}
-            results.append(RewardResult(sample_id=sample_id, status=RewardStatus.ok, reward=reward, components=parts))
+            results.append(
+                RewardResult(
+                    sample_id=sample_id,
+                    status=RewardStatus(value.get("status", "ok")),
+                    reward=value["reward"],
+                    components=value.get("parts", {}),
+                    message=value.get("message", ""),
+                )
+            )
     return results
 
 

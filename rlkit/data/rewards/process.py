@@ -14,11 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlkit.data.rewards.functions import RewardSignature
 from rlkit.data.rewards.messages import Channel
+from rlkit.data.rewards.signatures import RewardSignature
 from rlkit.errors import ConfigError, RewardError
 
 POLL_S = 0.25  # how often a silent worker is looked after: is it alive, does other work wait behind a slow call
+TOGETHER_GRACE_S = 1.0  # calls that are under way together end by their own limit, and this is for telling so
 
 
 class WorkerHung(Exception):
@@ -29,21 +30,25 @@ class WorkerDied(Exception):
     """The worker ended by itself. Its message says how."""
 
 
+class WorkerGrew(Exception):
+    """The worker took more memory than it may. Its message says how much."""
+
+
 class WorkerProcess:
     """A reward worker in a session of its own, so that it and what it started are killed together.
 
     The kernel kills it when the thread that constructed it ends: the thread that uses it must be that one.
     """
 
-    def __init__(self, name: str, base_dir: Path, *, start_limit_s: float):
-        """Starts the process; `wait_until_ready` waits for it."""
-        self._name, self._start_limit_s = name, start_limit_s
+    def __init__(self, name: str, base_dir: Path, *, convention: str, max_mib: int, start_limit_s: float):
+        """Starts the process; `wait_until_ready` waits for it. `max_mib` of memory is all that it may take."""
+        self._name, self._max_mib, self._start_limit_s = name, max_mib, start_limit_s
         ours, theirs = socket.socketpair()
         # -P: a json.py in base_dir must not stand in for Python's own.
         command = [sys.executable, "-P", "-m", "rlkit.data.rewards.worker"]
         with theirs:
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(os.getpid()), name, str(base_dir)],
+                [*command, str(theirs.fileno()), str(os.getpid()), name, str(base_dir), convention],
                 cwd=base_dir,
                 env={"OMP_NUM_THREADS": "1", **os.environ},  # the cores belong to the engine and the learner
                 pass_fds=[theirs.fileno()],
@@ -81,32 +86,48 @@ class WorkerProcess:
         }
         return RewardSignature(**fields)
 
-    def run(self, calls: list[dict[str, Any]], *, limit_s: float, recall: Callable[[int], None]) -> Iterator[dict[str, Any]]:
-        """Yields the answer to each call, in order. Raises WorkerHung or WorkerDied at the first that has none.
+    def run(
+        self, calls: list[dict[str, Any]], *, limit_s: float, recall: Callable[[int], None], together: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """Yields the answer to each call, in order. Raises WorkerHung, WorkerDied or WorkerGrew at the first that has none.
 
         The limit counts from the moment the worker says it begins a call. When a call is slow, those from `recall`'s
         argument on are taken back from this worker, so that another one can have them; their answers are not yielded.
+        `together`: of an async function, all calls are begun at once, and each keeps its own limit.
         """
         deadline = time.monotonic() + self._start_limit_s
-        self._send({"calls": calls})
+        self._send({"calls": calls, "together": together, "limit_s": limit_s})
         num_answered, num_wanted = 0, len(calls)
         recalled = True  # the worker knows which calls are wanted
         while num_answered < num_wanted or not recalled:
             message = self._poll(deadline)
             if message is None:
-                if num_answered + 1 < num_wanted:
+                self._check_memory()
+                if not together and num_answered + 1 < num_wanted:
                     num_wanted, recalled = num_answered + 1, False
                     self._send({"recall": True})
                     recall(num_wanted)
             elif "recalled" in message:
                 recalled = True
             elif "begin" in message:
-                deadline = time.monotonic() + limit_s
+                deadline = time.monotonic() + limit_s + (TOGETHER_GRACE_S if together else 0.0)
             else:
                 deadline = time.monotonic() + self._start_limit_s
                 if num_answered < num_wanted:
                     num_answered += 1
                     yield message
+
+    def memory_mib(self) -> float:
+        """Of the worker itself: what it starts is bound by limits of its own. 0 where the system does not say."""
+        try:
+            pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        except (FileNotFoundError, IndexError):  # another system, or it has just ended
+            return 0.0
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def _check_memory(self) -> None:
+        if (mib := self.memory_mib()) > self._max_mib:
+            raise WorkerGrew(f"grew to {mib:.0f} MiB, above reward.max_worker_mib={self._max_mib},")
 
     def kill(self) -> None:
         """Ends the process group. Safe from any thread, any number of times; `reap` must follow on the owner's."""

@@ -2,9 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from rlkit.data.rewards import group_wise
 from rlkit.data.rewards.functions import load, locate
-from rlkit.errors import ConfigError, DataError
+from rlkit.errors import ConfigError
 
 
 def test_a_bare_name_is_a_shipped_function(tmp_path):
@@ -43,44 +42,3 @@ def test_a_module_is_found_without_importing_its_package(tmp_path: Path):
         locate("judge:f", tmp_path)
     with pytest.raises(ConfigError, match=r"judges_for_test.strict is a module, not a package"):
         locate("judges_for_test.strict.deep:f", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("source", "texts", "columns", "optional", "takes_all"),
-    [
-        ("def f(prompts, completions, **columns): ...", ("prompts", "completions"), (), (), True),
-        ("def f(prompts, completions, answer, level=3): ...", ("prompts", "completions"), ("answer",), ("level",), False),
-        ("async def f(completions, *, answer): ...", ("completions",), ("answer",), (), False),
-        ("class F:\n def __call__(self, completions, answer): ...\nf = F()", ("completions",), ("answer",), (), False),
-    ],
-)
-def test_columns_are_read_from_the_arguments(tmp_path, source, texts, columns, optional, takes_all):
-    (tmp_path / "mine.py").write_text(source)
-    _, signature = load(locate("mine.py:f", tmp_path))
-    assert (signature.texts, signature.columns, signature.optional_columns) == (texts, columns, optional)
-    assert signature.takes_all_columns is takes_all
-    assert not signature.group_wise
-
-
-def test_a_function_without_completions_is_refused(tmp_path):
-    (tmp_path / "mine.py").write_text("def f(texts): ...")
-    with pytest.raises(ConfigError, match=r"takes \(texts\). Write def f\(prompts, completions, \*\*columns\)"):
-        load(locate("mine.py:f", tmp_path))
-
-
-def test_only_the_columns_that_the_function_takes_are_sent(tmp_path):
-    row = {"prompt": "p", "answer": "a", "level": 1}
-    (tmp_path / "mine.py").write_text("def f(completions, answer, level=0, hint=None): ...\ndef g(completions, **all): ...")
-    named, everything = (load(locate(f"mine.py:{name}", tmp_path))[1] for name in "fg")
-    assert named.select(row) == {"answer": "a", "level": 1}
-    assert everything.select(row) == row
-    with pytest.raises(DataError, match=r"needs a column answer. The columns are prompt; write data.columns.answer"):
-        named.select({"prompt": "p"})
-
-
-def test_the_decorator_marks_and_changes_nothing_else():
-    def rank(completions):
-        return completions
-
-    assert group_wise(rank) is rank
-    assert rank.group_wise  # pyright: ignore[reportFunctionMemberAccess]

@@ -14,7 +14,7 @@ import pytest
 
 from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.errors import ConfigError, DataError, RewardError
-from rlkit.settings import Reward
+from rlkit.settings import BY_VALUE, OnFailure, Reward
 from rlkit.types import RewardStatus
 
 ok, skipped, timeout, error = RewardStatus.ok, RewardStatus.skipped, RewardStatus.timeout, RewardStatus.error
@@ -22,7 +22,7 @@ ok, skipped, timeout, error = RewardStatus.ok, RewardStatus.skipped, RewardStatu
 FUNCTIONS = '''
 import asyncio, math, os, re, signal, subprocess, sys, time
 import numpy as np
-from rlkit.data.rewards import group_wise
+from rlkit.data.rewards import group_wise, unparsable, wrong
 
 def number(completions):
     return [float(text) for text in completions]
@@ -56,7 +56,19 @@ def act(prompts, completions, **columns):
             if not os.path.exists(path):
                 open(path, "w").close()
                 os._exit(1)
+        case ["flaky", path]:
+            if not os.path.exists(path):
+                open(path, "w").close()
+                raise OSError("at first")
+        case ["hoard"]:
+            kept = []
+            while True:
+                kept.append(bytearray(1 << 20))
+                time.sleep(0.001)
     return [1.0]
+
+def judge(completions):
+    return [1.0 if text == "2" else wrong() if text.isdigit() else unparsable(-0.5, "no digits") for text in completions]
 
 async def patient(completions, answer):
     await asyncio.sleep(0.001)
@@ -93,10 +105,10 @@ def base_dir(tmp_path_factory) -> Path:
 def open_pool(base_dir):
     pools = []
 
-    def build(function="act", *, num_workers=1, max_error_rate=1.0, timeout_s=0.3, start_limit_s=60.0):
+    def build(function="act", *, num_workers=1, max_error_rate=1.0, timeout_s=0.3, start_limit_s=60.0, **more):
         name = function if ":" in function else f"mine.py:{function}"
-        settings = Reward(fn=name, timeout_s=timeout_s, num_workers=num_workers, max_error_rate=max_error_rate)
-        pools.append(RewardPool(settings, base_dir=base_dir, start_limit_s=start_limit_s))
+        settings = Reward(fn=name, timeout_s=timeout_s, num_workers=num_workers, max_error_rate=max_error_rate, **more)
+        pools.append(RewardPool(name, settings, base_dir=base_dir, start_limit_s=start_limit_s))
         return pools[-1]
 
     yield build
@@ -436,10 +448,10 @@ def test_closing_kills_workers_and_what_they_started_and_ends_waiting_jobs(open_
 def test_workers_die_with_their_owner(base_dir):
     code = (
         "import os, signal, time\nfrom pathlib import Path\nfrom rlkit.data.rewards.process import WorkerProcess\n"
-        f"worker = WorkerProcess('mine.py:act', Path({str(base_dir)!r}), start_limit_s=60)\n"
+        f"worker = WorkerProcess('mine.py:act', Path({str(base_dir)!r}), convention='auto', max_mib=999, start_limit_s=60)\n"
         "while worker._poll(time.monotonic() + 60) is None: pass\n"
-        "call = {'prompts': ['p'], 'completions': ['spin'], 'columns': {}}\n"
-        "worker._send({'calls': [call]})\nworker._poll(time.monotonic() + 60)\n"
+        "call = {'prompt': ['p'], 'completion': ['spin'], 'columns': {}}\n"
+        "worker._send({'calls': [call], 'together': False, 'limit_s': 60})\nworker._poll(time.monotonic() + 60)\n"
         "print(worker.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
     owner = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
@@ -452,3 +464,52 @@ def test_many_threads_may_submit_at_once(open_pool):
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda n: pool.score(make_items(*[str(n)] * 50)), range(20)))
     assert [{result.reward for result in results} for results in found] == [{float(n)} for n in range(20)]
+
+
+def test_a_failed_reward_becomes_what_the_settings_say(open_pool, tmp_path):
+    raising, sleeping = make_items("raise"), make_items("sleep")
+    pool = open_pool(on_error=BY_VALUE, on_timeout=BY_VALUE, failed_value=-1.0)
+    [failed], [late] = pool.score(raising), pool.score(sleeping)
+    assert (failed.status, failed.reward, late.status, late.reward) == (error, -1.0, timeout, -1.0)
+
+    flaky = tmp_path / "tried"
+    text = f"flaky {flaky}"
+    assert open_pool().score(make_items(text))[0].status is error
+    flaky.unlink()
+    assert open_pool(on_error=OnFailure.retry).score(make_items(text))[0].status is ok
+    [twice] = open_pool(on_timeout=OnFailure.retry).score(sleeping)
+    assert (twice.status, twice.reward) == (timeout, None)
+
+    with pytest.raises(RewardError, match=r"sample s0: ZeroDivisionError.*reward.on_error=stop ends the run"):
+        open_pool(on_error=OnFailure.stop).score(raising)
+
+
+def test_a_value_for_failures_that_nobody_reads_is_refused():
+    with pytest.raises(ConfigError, match=r"reward.failed_value=0.0: nobody reads it"):
+        Reward(fn="f", failed_value=0.0)
+    with pytest.raises(ConfigError, match=r"reward.failed_value=None: no reward for a sample that failed"):
+        Reward(fn="f", on_error=BY_VALUE)
+
+
+def test_a_function_can_say_why_a_reward_is_what_it_is(open_pool):
+    results = open_pool("judge").score(make_items("2", "3", "?"))
+    assert [(each.status, each.reward) for each in results] == [
+        (ok, 1.0),
+        (RewardStatus.wrong, 0.0),
+        (RewardStatus.unparsable, -0.5),
+    ]
+    assert results[2].message == "no digits"
+
+
+def test_workers_make_room_for_new_ones(open_pool):
+    pool = open_pool(max_calls_per_worker=1)
+    pids = {pool.score(make_items("pid"))[0].reward for _ in range(3)}
+    assert len(pids) == 3
+
+
+def test_a_worker_that_takes_too_much_memory_is_killed(open_pool):
+    pool = open_pool(timeout_s=30.0, max_worker_mib=256)
+    hoarded, fine = pool.score(make_items("hoard", "fine"))
+    assert hoarded.status is error
+    assert "above reward.max_worker_mib=256" in hoarded.message
+    assert fine.status is ok

@@ -1,0 +1,107 @@
+"""The run's rewards: one function, or the weighted sum of several, each with workers of its own.
+
+One that hangs or fails does not slow the others; a sample has a reward when every function that judges its source gave one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlkit.data.rewards.pool import RewardItem, RewardPool
+from rlkit.errors import ConfigError
+from rlkit.settings import RewardSettings, WeightedRewards
+from rlkit.types import RewardResult, RewardStatus
+
+# Where functions disagree about a sample: what kept it from being scored comes first, then what was found wrong with it.
+_GRAVITY = (
+    RewardStatus.timeout,
+    RewardStatus.error,
+    RewardStatus.skipped,
+    RewardStatus.unparsable,
+    RewardStatus.wrong,
+    RewardStatus.ok,
+)
+
+
+class Rewards(Protocol):
+    """Scores completions."""
+
+    def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
+        """In the order of the items, one each."""
+        ...
+
+    def missing(self, source: str, columns: Mapping[str, Any]) -> str | None:
+        """The column without which a row of that source cannot be scored."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Rewards: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_rewards(settings: RewardSettings, *, base_dir: Path) -> Rewards:
+    """Starts the workers and waits for them. Raises ConfigError for a function that cannot be found, imported or called."""
+    if isinstance(settings, WeightedRewards):
+        return WeightedPools(settings, base_dir=base_dir)
+    [(name, fn)] = settings.functions.items()
+    return RewardPool(fn, settings, base_dir=base_dir, convention=settings.signature_of[name])
+
+
+class WeightedPools:
+    """Implements `Rewards` with a pool per function."""
+
+    def __init__(self, settings: WeightedRewards, *, base_dir: Path):
+        self._settings = settings
+        self._pools: dict[str, RewardPool] = {}
+        with ExitStack() as opened:  # what is open when the next one fails is closed
+            for name, fn in settings.fns.items():
+                pool = RewardPool(fn, settings, base_dir=base_dir, convention=settings.signature_of[name])
+                self._pools[name] = opened.enter_context(pool)
+            self._stack = opened.pop_all()
+
+    def missing(self, source: str, columns: Mapping[str, Any]) -> str | None:
+        judges = [pool for name, pool in self._pools.items() if self._settings.judges(name, source)]
+        if not judges:
+            raise ConfigError(f"reward.sources: no function judges the data source {source}. Name it under one of them.")
+        return next((column for pool in judges if (column := pool.missing(source, columns)) is not None), None)
+
+    def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
+        under_way: dict[str, tuple[list[int], Future[list[RewardResult]]]] = {}
+        for name, pool in self._pools.items():
+            judged = [position for position, item in enumerate(items) if self._settings.judges(name, item.source)]
+            under_way[name] = (judged, pool.submit([items[position] for position in judged]))
+        found: list[dict[str, RewardResult]] = [{} for _ in items]
+        for name, (judged, future) in under_way.items():
+            for position, result in zip(judged, future.result(), strict=True):
+                found[position][name] = result
+        return [self._sum(item.sample_id, results) for item, results in zip(items, found, strict=True)]
+
+    def _sum(self, sample_id: str, results: Mapping[str, RewardResult]) -> RewardResult:
+        """One sample's. A part that is itself a sum keeps its own parts, under its name."""
+        status = min((result.status for result in results.values()), key=_GRAVITY.index)
+        message = "; ".join(f"{name}: {result.message}" for name, result in results.items() if result.message)
+        parts: dict[str, float] = {}
+        total: float | None = 0.0
+        for name, result in results.items():
+            if result.reward is None:
+                total = None
+            else:
+                weight = self._settings.weights.get(name, 1.0)
+                total = None if total is None else total + weight * result.reward
+                parts[name] = weight * result.reward
+        return RewardResult(sample_id=sample_id, status=status, reward=total, components=parts, message=message)
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> WeightedPools:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

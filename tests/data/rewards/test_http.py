@@ -1,0 +1,167 @@
+import asyncio
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from rlkit.data.rewards.http import post
+from rlkit.data.rewards.pool import RewardItem, RewardPool
+from rlkit.errors import ConfigError
+from rlkit.settings import Reward
+from rlkit.types import RewardStatus
+
+
+class Server(ThreadingHTTPServer):
+    """Answers every POST by what the test says; remembers what it got."""
+
+    def __init__(self, answer):
+        self.answer, self.seen, self.under_way, self.most_under_way = answer, [], 0, 0
+        self.lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server = self.server
+        assert isinstance(server, Server)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.seen.append((body, self.headers.get("Authorization")))
+            server.under_way += 1
+            server.most_under_way = max(server.most_under_way, server.under_way)
+            number = len(server.seen)
+        status, answer = server.answer(number, body)
+        with server.lock:
+            server.under_way -= 1
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(answer.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(answer):
+        servers.append(Server(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def items(*texts):
+    return [
+        RewardItem(sample_id=f"s{i}", group_id="g", prompt="p", completion=text, columns={"answer": "a"})
+        for i, text in enumerate(texts)
+    ]
+
+
+def test_a_busy_server_is_asked_again_and_a_refusal_is_not(serve):
+    busy = serve(lambda number, body: (503, "") if number < 3 else (200, '{"ok": 1}'))
+    assert asyncio.run(post(busy.url, {}, deadline_s=5.0)) == {"ok": 1}
+    assert len(busy.seen) == 3
+    refusing = serve(lambda number, body: (403, ""))
+    with pytest.raises(OSError, match="answered 403"):
+        asyncio.run(post(refusing.url, {}, deadline_s=5.0))
+    assert len(refusing.seen) == 1
+
+
+def test_there_is_a_deadline(serve):
+    slow = serve(lambda number, body: time.sleep(3) or (200, "{}"))
+    began = time.monotonic()
+    with pytest.raises(OSError, match="timed out"):
+        asyncio.run(post(slow.url, {}, deadline_s=0.3))
+    with pytest.raises(OSError, match="refused"):
+        asyncio.run(post("http://127.0.0.1:9", {}, deadline_s=0.5))
+    assert time.monotonic() - began < 2.5
+
+
+def test_remote_rewards_are_under_way_together(serve, monkeypatch, tmp_path):
+    def answer(number, body):
+        time.sleep(0.2)
+        return 200, json.dumps({"reward": None if body["completion"] == "?" else float(body["columns"]["answer"] == "a")})
+
+    server = serve(answer)
+    monkeypatch.setenv("RLKIT_REWARD_URL", server.url)
+    settings = Reward(fn="remote", num_workers=1, calls_at_once=8, timeout_s=5.0)
+    with RewardPool(settings.fn, settings, base_dir=tmp_path) as pool:
+        results = pool.score(items(*"1234567?"))
+    assert [each.reward for each in results] == [1.0] * 7 + [None]
+    assert server.most_under_way >= 4
+
+
+def test_no_more_calls_a_second_than_allowed(serve, monkeypatch, tmp_path):
+    server = serve(lambda number, body: (200, '{"reward": 1}'))
+    monkeypatch.setenv("RLKIT_REWARD_URL", server.url)
+    settings = Reward(fn="remote", num_workers=2, max_calls_per_s=20.0, timeout_s=5.0)
+    with RewardPool(settings.fn, settings, base_dir=tmp_path) as pool:
+        began = time.monotonic()
+        pool.score(items(*map(str, range(20))))
+        assert time.monotonic() - began > 0.9
+
+
+def test_only_async_functions_have_several_calls_under_way(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(completions): return [1.0]")
+    settings = Reward(fn="mine.py:f", calls_at_once=4)
+    with pytest.raises(ConfigError, match=r"is not async, and one call of it keeps its worker. Write reward.num_workers"):
+        RewardPool(settings.fn, settings, base_dir=tmp_path)
+
+
+def test_one_of_the_calls_under_way_can_be_late_or_raise_alone(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import asyncio\nasync def f(completions):\n"
+        "    if completions == ['late']: await asyncio.sleep(100)\n"
+        "    if completions == ['raise']: raise KeyError('x')\n"
+        "    if completions == ['block']: import time; time.sleep(100)\n"
+        "    return [1.0]"
+    )
+    settings = Reward(fn="mine.py:f", calls_at_once=4, num_workers=1, timeout_s=0.3, max_error_rate=1.0)
+    with RewardPool(settings.fn, settings, base_dir=tmp_path) as pool:
+        fine = RewardStatus.ok
+        assert [r.status for r in pool.score(items("1", "late", "raise", "2"))] == [
+            fine,
+            RewardStatus.timeout,
+            RewardStatus.error,
+            fine,
+        ]
+        blocked = pool.score(items("1", "block"))  # it held the event loop: whatever shared it is lost with it or tried again
+        assert blocked[1].status is RewardStatus.timeout
+
+
+def test_a_judge_marks_what_it_is_shown(serve, monkeypatch, tmp_path):
+    def answer(number, body):
+        said = body["messages"][0]["content"]
+        mark = "no idea" if "dunno" in said else "Mark: 7.5"
+        return 200, json.dumps({"choices": [{"message": {"content": mark}}]})
+
+    server = serve(answer)
+    for name, value in (("URL", server.url), ("MODEL", "m"), ("KEY", "canary")):
+        monkeypatch.setenv(f"RLKIT_JUDGE_{name}", value)
+    settings = Reward(fn="judge", num_workers=1, max_error_rate=1.0)
+    with RewardPool(settings.fn, settings, base_dir=tmp_path) as pool:
+        good, none = pool.score(items("four", "dunno"))
+    assert (good.reward, good.status) == (0.75, RewardStatus.ok)
+    assert (none.reward, none.status) == (None, RewardStatus.error)
+    assert "the judge gave no mark" in none.message
+    assert server.seen[0][1] == "Bearer canary"
+    assert "<reference>\na\n</reference>" in server.seen[0][0]["messages"][0]["content"]
+
+
+def test_a_missing_address_is_named_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("RLKIT_REWARD_URL", raising=False)
+    settings = Reward(fn="remote")
+    with pytest.raises(ConfigError, match=r"the environment variable RLKIT_REWARD_URL is not set: export RLKIT_REWARD_URL=<where"):
+        RewardPool(settings.fn, settings, base_dir=tmp_path)
