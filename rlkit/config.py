@@ -583,6 +583,10 @@ def _what_to_write(key: str, group: DictConfig) -> str:
             return " Write data.path=name/on-the-hub or data.path=folder."
         case "data.path":
             return " Write data.path=file."
+        case "data.files":
+            return " Write data.files={math:math.jsonl,chat:chat.parquet}."
+        case "reward.fns":
+            return " Write reward.fns={accuracy:numeric_match,form:format}."
         case "data.task":
             return " Write data.task=chain_sum, or another task of reasoning-gym."
         case "reference.path":
@@ -921,6 +925,10 @@ def _source_problems(config: RunConfig) -> Iterator[str]:
         value = getattr(data, key, None)
         if value and isinstance(data, JsonlData | ParquetData) and not Path(value).expanduser().is_file():
             yield f"data.{key}={value}: no such file (looked from {Path.cwd()}). Check its spelling."
+    if isinstance(data, MixtureData):
+        for name, path in (data.files or {}).items():
+            if not Path(path).expanduser().is_file():
+                yield f"data.files.{name}={path}: no such file (looked from {Path.cwd()}). Check its spelling."
     separate = getattr(data, "held_out_path", None) or getattr(data, "held_out_split", None)
     if isinstance(config.evaluation, HeldOut) and data.held_out_fraction == 0 and not separate:
         yield "data.held_out_fraction=0: evaluation=held_out has no prompts. Write data.held_out_fraction=0.1 or evaluation=none."

@@ -223,11 +223,6 @@ class RewardSettings:
         """The reward functions by the name that each is known by; one alone has no name."""
         raise NotImplementedError
 
-    @property
-    def signature_of(self) -> dict[str, str]:
-        """The convention of each function."""
-        raise NotImplementedError
-
     def __post_init__(self):
         limit, rate, value, calls_rate = self.timeout_s, self.max_error_rate, self.failed_value, self.max_calls_per_s
         wanted = BY_VALUE in (self.on_timeout, self.on_error)
@@ -271,10 +266,6 @@ class Reward(RewardSettings):
     def functions(self) -> dict[str, str]:
         return {"": self.fn}
 
-    @property
-    def signature_of(self) -> dict[str, str]:
-        return {"": self.signature}
-
     def __post_init__(self):
         RewardSettings.__post_init__(self)
         require(_known_convention("reward.signature", self.signature))
@@ -292,14 +283,6 @@ class WeightedRewards(RewardSettings):
     @property
     def functions(self) -> dict[str, str]:
         return self.fns
-
-    @property
-    def signature_of(self) -> dict[str, str]:
-        return {name: self.signatures.get(name, "auto") for name in self.fns}
-
-    def judges(self, name: str, source: str) -> bool:
-        """Whether the function has a say about samples of that source."""
-        return name not in self.sources or source in self.sources[name]
 
     def __post_init__(self):
         RewardSettings.__post_init__(self)

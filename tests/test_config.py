@@ -17,7 +17,13 @@ from rlkit.overrides import options
 from rlkit.resources import conf_dir
 
 PACKAGE = Path(__file__).parent.parent / "rlkit"
-REQUIRED = {"data.path": "data.path=rows.jsonl", "data.task": "data.task=chain_sum", "reward.fn": "reward.fn=expressions"}
+REQUIRED = {
+    "data.files": "data.files={a:rows.jsonl}",
+    "reward.fns": "reward.fns={form:format}",
+    "data.path": "data.path=rows.jsonl",
+    "data.task": "data.task=chain_sum",
+    "reward.fn": "reward.fn=expressions",
+}
 REQUIRED |= {"model.path": "model.path=tiny"}
 CONTROLS = ("control", "divergence_control", "threshold_control")
 for setting, value in {"target": "0.1", "updates": "[10]", "coefs": "[0.01]"}.items():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from rlkit.errors import DataError
+from rlkit.settings import Data, TableData
 from rlkit.types import Prompt
 
 BLOCK = 1000  # draws in which the sources' shares are exact, up to rounding
@@ -22,8 +23,9 @@ class Order(Protocol):
         ...
 
 
-def order_of(prompts: Sequence[Prompt], weights: Mapping[str, float], seed: int) -> Order:
-    """Once each per epoch; or with `weights` by source, in these proportions."""
+def order_of(prompts: Sequence[Prompt], settings: Data, seed: int) -> Order:
+    """Each prompt once per epoch; or with weights by source, in these proportions."""
+    weights = settings.source_weights if isinstance(settings, TableData) else {}
     if not weights:
         return PromptOrder(len(prompts), seed)
     members: dict[str, list[int]] = {}

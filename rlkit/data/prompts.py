@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlkit.data.sources import Row, Source, column_names, read
 from rlkit.errors import ConfigError, DataError
-from rlkit.settings import BadRow, Data
+from rlkit.settings import BadRow, Data, TableData
 from rlkit.types import Prompt
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def load_prompts(
             f"data {source.name}: all {len(held_out)} rows fell into the held-out share. Add rows, or lower data.held_out_fraction."
         )
     sources = dict.fromkeys(prompt.source for prompt in train)
-    for name in getattr(settings, "source_weights", {}):
+    for name in settings.source_weights if isinstance(settings, TableData) else ():
         if name not in sources:
             raise ConfigError(f"data.source_weights.{name}: no prompt is of that source. The sources are {', '.join(sources)}.")
     held_out.sort(key=lambda prompt: _hash(prompt.id))

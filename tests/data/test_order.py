@@ -2,6 +2,7 @@ import pytest
 
 from rlkit.data.order import BLOCK, PromptOrder, WeightedOrder, order_of
 from rlkit.errors import DataError
+from rlkit.settings import JsonlData
 from rlkit.types import Prompt
 
 STORED = [0, 2, 1, 5, 4, 3, 6, 7, 5, 3, 7, 2, 4, 1, 0, 6]
@@ -45,7 +46,7 @@ def prompts(*sources: str) -> list[Prompt]:
 
 def test_sources_are_drawn_by_their_weights_and_each_goes_through_its_own_prompts():
     mixed = prompts(*"aaaaaaaabbc")
-    order = order_of(mixed, {"a": 1.0, "b": 2.0}, seed=1)  # c weighs 1
+    order = order_of(mixed, JsonlData(path="f", source_column="of", source_weights={"a": 1.0, "b": 2.0}), seed=1)  # c weighs 1
     drawn = [mixed[index].source for index in order.take(0, BLOCK)]
     assert {name: drawn.count(name) for name in "abc"} == {"a": BLOCK // 4, "b": BLOCK // 2, "c": BLOCK // 4}
     for start in range(0, BLOCK, 32):  # also in every batch, as nearly as it can be
@@ -67,4 +68,4 @@ def test_a_weighted_order_goes_on_from_its_cursor():
 
 
 def test_without_weights_every_prompt_is_drawn_alike():
-    assert order_of(prompts(*"aab"), {}, seed=3).take(0, 9) == PromptOrder(3, seed=3).take(0, 9)
+    assert order_of(prompts(*"aab"), JsonlData(path="f"), seed=3).take(0, 9) == PromptOrder(3, seed=3).take(0, 9)

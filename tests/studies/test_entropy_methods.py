@@ -20,7 +20,7 @@ from rlkit.controller.tracking.history import read_history
 FIGURES = Path(__file__).with_name("entropy_methods.json")
 NUM_STEPS = 80
 LAST = 10  # steps that an end value is the mean of
-TARGET = 0.5  # nats, of the controllers
+TARGET = 0.65  # nats, of the controllers
 # Fast learning and little else: a run that spends its entropy within the steps of the study. Four optimiser steps a batch,
 # because KL-Cov's penalty is 0 in the first. (At 5e-4 with four of them, or at 1e-3 with one, a run unlearns the task.)
 COMMON = ["prompts_per_step=16", "group_size=8", f"num_steps={NUM_STEPS}", "optimizer.learning_rate=1.5e-4"]
@@ -40,8 +40,8 @@ ARMS = {
     "siren": ["experiment=siren", "entropy.coef=0.2"],
     "epo": ["experiment=epo", "entropy.coef=0.02", "entropy.phase_steps=80"],
     "aepo": ["experiment=aepo", f"tempering.target={TARGET}"],
-    "pid_entropy": ["experiment=pid_entropy", f"control.target={TARGET}"],
-    "skywork_entropy": ["experiment=skywork_entropy", f"control.target={TARGET}"],
+    "pid_entropy": ["experiment=pid_entropy", f"control.target={TARGET}", "control.kp=0.1", "control.ki=0.01", "control.high=0.3"],
+    "skywork_entropy": ["experiment=skywork_entropy", f"control.target={TARGET}", "control.step=0.002", "control.high=0.3"],
 }
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlkit.data.rewards.pool import RewardItem, RewardPool
+from rlkit.data.rewards.signatures import AUTO
 from rlkit.errors import ConfigError
-from rlkit.settings import RewardSettings, WeightedRewards
+from rlkit.settings import Reward, RewardSettings, WeightedRewards
 from rlkit.types import RewardResult, RewardStatus
 
 # Where functions disagree about a sample: what kept it from being scored comes first, then what was found wrong with it.
@@ -47,10 +48,13 @@ class Rewards(Protocol):
 
 def open_rewards(settings: RewardSettings, *, base_dir: Path) -> Rewards:
     """Starts the workers and waits for them. Raises ConfigError for a function that cannot be found, imported or called."""
-    if isinstance(settings, WeightedRewards):
-        return WeightedPools(settings, base_dir=base_dir)
-    [(name, fn)] = settings.functions.items()
-    return RewardPool(fn, settings, base_dir=base_dir, convention=settings.signature_of[name])
+    match settings:
+        case WeightedRewards():
+            return WeightedPools(settings, base_dir=base_dir)
+        case Reward():
+            return RewardPool(settings.fn, settings, base_dir=base_dir, convention=settings.signature)
+        case _:
+            raise ConfigError(f"reward={type(settings).__name__}: rlkit/data/rewards/weighted.py cannot open it. Add it there.")
 
 
 class WeightedPools:
@@ -61,12 +65,12 @@ class WeightedPools:
         self._pools: dict[str, RewardPool] = {}
         with ExitStack() as opened:  # what is open when the next one fails is closed
             for name, fn in settings.fns.items():
-                pool = RewardPool(fn, settings, base_dir=base_dir, convention=settings.signature_of[name])
+                pool = RewardPool(fn, settings, base_dir=base_dir, convention=settings.signatures.get(name, AUTO))
                 self._pools[name] = opened.enter_context(pool)
             self._stack = opened.pop_all()
 
     def missing(self, source: str, columns: Mapping[str, Any]) -> str | None:
-        judges = [pool for name, pool in self._pools.items() if self._settings.judges(name, source)]
+        judges = [pool for name, pool in self._pools.items() if self._judges(name, source)]
         if not judges:
             raise ConfigError(f"reward.sources: no function judges the data source {source}. Name it under one of them.")
         return next((column for pool in judges if (column := pool.missing(source, columns)) is not None), None)
@@ -74,13 +78,17 @@ class WeightedPools:
     def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
         under_way: dict[str, tuple[list[int], Future[list[RewardResult]]]] = {}
         for name, pool in self._pools.items():
-            judged = [position for position, item in enumerate(items) if self._settings.judges(name, item.source)]
+            judged = [position for position, item in enumerate(items) if self._judges(name, item.source)]
             under_way[name] = (judged, pool.submit([items[position] for position in judged]))
         found: list[dict[str, RewardResult]] = [{} for _ in items]
         for name, (judged, future) in under_way.items():
             for position, result in zip(judged, future.result(), strict=True):
                 found[position][name] = result
         return [self._sum(item.sample_id, results) for item, results in zip(items, found, strict=True)]
+
+    def _judges(self, name: str, source: str) -> bool:
+        """Whether the function has a say about samples of that source."""
+        return name not in self._settings.sources or source in self._settings.sources[name]
 
     def _sum(self, sample_id: str, results: Mapping[str, RewardResult]) -> RewardResult:
         """One sample's. A part that is itself a sum keeps its own parts, under its name."""
