@@ -20,7 +20,7 @@ from rlkit.controller.tracking import files
 from rlkit.controller.tracking.redaction import plain_settings
 from rlkit.core.feedback import DualAscent
 from rlkit.core.objectives import ClippedSurrogate
-from rlkit.errors import ConfigError, DataError, WorkerError
+from rlkit.errors import ConfigError, WorkerError
 
 RLKIT = [sys.executable, "-c", "from rlkit.cli import main; main()"]
 
@@ -127,7 +127,10 @@ def test_a_wrong_config_is_refused_within_five_seconds_with_code_2(tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "trian: no such command. Did you mean train? Commands: train, eval, compare, choices, divergences, model."),
+        (
+            ["trian"],
+            "trian: no such command. Did you mean train? Commands: train, eval, compare, reward, choices, divergences, model.",
+        ),
         (["seed=1"], "seed=1: no such command. Settings follow a command: rlkit train seed=1."),
         (["train", "--seed=1"], "--seed=1: settings are written without dashes, such as seed=1."),
         (["train", "seed=1", "-x"], "unrecognized arguments: -x See rlkit train --help."),
@@ -215,16 +218,19 @@ def test_a_reward_function_is_tried_before_any_model_is_loaded(in_folder: Path, 
     (in_folder / "my.py").write_text("def fn(prompt, completion, answer):\n    return float(completion)\n")
     (in_folder / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     assert call("reward", "test", "my.py:fn", "--data", "rows.jsonl") == 2
-    first = capsys.readouterr().out.splitlines()[0]
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    first = shown.out.splitlines()[0]
     assert first.startswith("my.py:fn: fails on ")
     assert "ValueError: could not convert string to float" in first
     assert call("reward", "test", "numeric_match", "--data", "rows.jsonl", "--json") == 0
     assert json.loads(capsys.readouterr().out)["verdict"].startswith("numeric_match: nothing wrong was found")
     (in_folder / "rows.jsonl").write_text('{"question": "1+1="}\n')
-    with pytest.raises(
-        DataError, match=r"reward.fn=gsm8k: needs a column answer, and 1 of 1 rows have none. The columns are quest"
-    ):
-        call("reward", "test", "gsm8k", "--data", "rows.jsonl")
+    assert call("reward", "test", "gsm8k", "--data", "rows.jsonl") == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(
+        "error: reward.fn=gsm8k: needs a column answer, and 1 of 1 rows have none. The columns are question."
+    )
 
 
 def test_choices_as_json_and_as_text(capsys: pytest.CaptureFixture[str]):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +167,7 @@ def try_function(
 ) -> Trial:
     """Scores each row's own completions, if it has a column `completion` or `completions`, its answer, another row's answer, and on
     the first row everything hostile. Raises ConfigError and DataError for what would stop a run before its first step."""
-    with RewardPool(settings.fn, settings, base_dir=base_dir, convention=settings.signature) as pool:
+    with _in_order(), RewardPool(settings.fn, settings, base_dir=base_dir, convention=settings.signature) as pool:
         lacking = [name for row in rows if (name := pool.missing("", row)) is not None]
         if lacking:
             raise DataError(
@@ -180,6 +182,18 @@ def try_function(
         again = {(case.row, case.name): case.result.reward for call in steady for case in _score(pool, rows, call, prompt_column)}
     repeats = all(again.get((case.row, case.name), case.result.reward) == case.result.reward for case in cases)
     return Trial(fn=settings.fn, convention=pool.signature.convention, cases=cases, repeats=repeats)
+
+
+@contextmanager
+def _in_order() -> Iterator[None]:
+    """Within, the pool does not report the first failure by itself: the trial says it, in its place."""
+    logger = logging.getLogger(RewardPool.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _completions(rows: Sequence[Mapping[str, Any]], answer_column: str) -> Iterator[tuple[int, str, str]]:
