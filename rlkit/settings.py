@@ -216,6 +216,7 @@ class RewardSettings:
     calls_at_once: int = 1  # under way in one worker, of an async function
     max_calls_per_s: float | None = None  # of all workers together; null: as fast as they come
     max_calls_per_worker: int = 10_000  # then the worker makes room for a new one
+    unsafe_allow_unsandboxed: bool = False  # programs that the model wrote may run without bubblewrap, where there is none
     max_worker_mib: int = 4096  # of memory; a call in which its worker grows beyond it is an error
 
     @property

@@ -7,6 +7,7 @@ import pytest
 from rlkit.data.rewards.functions import load, locate
 from rlkit.data.rewards.numbers import last_number
 from rlkit.data.rewards.pool import RewardItem, RewardPool
+from rlkit.resources import reward_fns_dir
 from rlkit.settings import Reward
 from rlkit.types import RewardStatus
 
@@ -293,3 +294,80 @@ def test_what_math_verify_gets_wrong_about_numbers_is_logged(caplog, monkeypatch
     monkeypatch.setitem(function.__globals__, "verify", lambda *_, **__: False)
     assert function(prompts=["p"], completions=[r"\boxed{0.5}"], answer=[r"\frac{1}{2}"]) == [0.0]
     assert "as numbers they say otherwise" in caplog.text
+
+
+ADD = "def add(a, b):\n    return a + b\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "tests", "entry_point", "share"),
+    [
+        (ADD, [{"call": [1, 2], "returns": 3}, {"call": ["a", "b"], "returns": "ab"}], "add", 1),
+        (f"Here:\n```python\n{ADD}```\nDone.", [{"call": [1, 2], "returns": 3}], "add", 1),
+        (f"```python\nwrong\n```\n```python\n{ADD}```", [{"call": [1, 2], "returns": 3}], "add", 1),
+        (ADD, [{"call": [1, 2], "returns": 3}, {"call": [1, 2], "returns": 4}], "add", 0.5),
+        (ADD, [{"call": [0.1, 0.2], "returns": 0.3}], "add", 0),
+        (ADD, [{"call": [0.1, 0.2], "returns": 0.3, "tolerance": 1e-9}], "add", 1),
+        ("def f(): return True", [{"call": [], "returns": 1}], "f", 0),
+        ("def f(): return (1, {'a': None})", [{"call": [], "returns": [1, {"a": None}]}], "f", 1),
+        ("def f(): return float('nan')", [{"call": [], "returns": 1}], "f", 0),
+        ("print(int(input()) * 2)", [{"input": "2", "output": "4"}, {"input": "-3\n", "output": "-6\n\n"}], None, 1),
+        ("print('4 ')", [{"input": "", "output": "4"}], None, 1),
+        ("print('4\\n4')", [{"input": "", "output": "4"}], None, 0),
+        ("while True: pass", [{"input": "", "output": ""}], None, 0),
+        ("import os; os._exit(0)", [{"call": [], "returns": None}], "f", 0),
+        ("print('4'); raise SystemExit(1)", [{"input": "", "output": "4"}], None, 0),
+        ("", [{"input": "", "output": ""}], None, 0),
+        ("print(4)", [], None, None),
+        ("print(4)", None, None, None),
+    ],
+)
+def test_code_tests(text, tests, entry_point, share):
+    row = {"tests": tests} | ({} if entry_point is None else {"entry_point": entry_point})
+    assert score("code_tests", text, **row) == (share if share in (1, None) else 0)
+    assert score(f"{reward_fns_dir() / 'code_tests.py'}:fraction", text, **row) == share
+
+
+def test_code_that_fails_says_how():
+    found = score("code_tests", "1 / 0", tests=[{"input": "", "output": ""}])
+    assert (found, getattr(found, "status", ""), getattr(found, "message", "")) == (
+        0,
+        "wrong",
+        "error: ZeroDivisionError: division by zero",
+    )
+
+
+SCHEMA = "create table t (a, b); insert into t values (1, 'x'), (2, 'y'), (2, 'z');"
+
+
+@pytest.mark.parametrize(
+    ("query", "reference", "reward"),
+    [
+        ("select a from t", "select a from t", 1),
+        ("```sql\nselect a from t\n```", "select a from t", 1),
+        ("select a from t order by a desc", "select a from t", 1),
+        ("select a from t order by a desc", "select a from t order by a", 0),
+        ("select distinct a from t", "select a from t", 0),
+        ("select count(*) from t where a = 2", "select 2", 1),
+        (
+            "with recursive n(i) as (select 1 union all select i + 1 from n where i < 3) select i from n",
+            "select 1 union select 2 union select 3",
+            1,
+        ),
+        ("with recursive n(i) as (select 1 union all select i + 1 from n) select max(i) from n", "select 1", 0),
+        ("select * from t a, t b, t c, t d, t e, t f, t g, t h, t i, t j, t k, t l, t m", "select 1", 0),
+        ("delete from t", "select 1", 0),
+        ("select 1; drop table t", "select 1", 0),
+        ("attach database '/tmp/planted.db' as p", "select 1", 0),
+        ("select load_extension('x')", "select 1", 0),
+        ("pragma writable_schema = 1", "select 1", 0),
+        ("vacuum into '/tmp/planted.db'", "select 1", 0),
+        ("create table p as select 1", "select 1", 0),
+        ("nonsense", "select 1", 0),
+        ("", "select 1", 0),
+        ("select 1", "select nothing", None),
+    ],
+)
+def test_sql_result(query, reference, reward):
+    assert score("sql_result", query, schema=SCHEMA, answer=reference) == reward
+    assert not Path("/tmp/planted.db").exists()

@@ -232,6 +232,7 @@ class RewardPool:
                 self._base_dir,
                 convention=self._convention,
                 max_mib=self._settings.max_worker_mib,
+                unsandboxed=self._settings.unsafe_allow_unsandboxed,
                 start_limit_s=self._start_limit_s,
             )
             self._workers[slot] = worker

@@ -16,6 +16,7 @@ from typing import Any
 
 from rlkit.data.rewards.messages import Channel
 from rlkit.data.rewards.signatures import RewardSignature
+from rlkit.data.sandbox.run import UNSAFE
 from rlkit.errors import ConfigError, RewardError
 
 POLL_S = 0.25  # how often a silent worker is looked after: is it alive, does other work wait behind a slow call
@@ -40,8 +41,11 @@ class WorkerProcess:
     The kernel kills it when the thread that constructed it ends: the thread that uses it must be that one.
     """
 
-    def __init__(self, name: str, base_dir: Path, *, convention: str, max_mib: int, start_limit_s: float):
-        """Starts the process; `wait_until_ready` waits for it. `max_mib` of memory is all that it may take."""
+    def __init__(self, name: str, base_dir: Path, *, convention: str, max_mib: int, unsandboxed: bool, start_limit_s: float):
+        """Starts the process; `wait_until_ready` waits for it. `max_mib` of memory is all that it may take.
+
+        `unsandboxed`: programs that a model wrote may run there without a sandbox, where none works.
+        """
         self._name, self._max_mib, self._start_limit_s = name, max_mib, start_limit_s
         ours, theirs = socket.socketpair()
         # -P: a json.py in base_dir must not stand in for Python's own.
@@ -50,7 +54,8 @@ class WorkerProcess:
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno()), str(os.getpid()), name, str(base_dir), convention],
                 cwd=base_dir,
-                env={"OMP_NUM_THREADS": "1", **os.environ},  # the cores belong to the engine and the learner
+                # The cores belong to the engine and the learner.
+                env={"OMP_NUM_THREADS": "1", **os.environ, UNSAFE: "1" if unsandboxed else "0"},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what the function prints is for people to see, and standard output may be a program's input
