@@ -1,8 +1,9 @@
-"""Reward 1 for a Python program that passes all tests of its row, 0 otherwise. It runs in a sandbox, and is judged outside of it."""
+"""Reward 1 for a Python program that passes all tests of its row, 0 otherwise. It runs in a sandbox, and is judged outside."""
 
 import re
 
 from rlkit.data.rewards import unparsable, wrong
+from rlkit.data.rewards.verdicts import Verdict
 from rlkit.data.sandbox import Case, Program, open_sandbox
 
 SANDBOX = open_sandbox()  # here, so that a run without one stops before it starts
@@ -17,8 +18,10 @@ def reward(prompts, completions, tests, entry_point=None, **columns) -> list[flo
     line, without white space at the ends; what it returns as JSON has it (a tuple equals a list), numbers with the test's
     `tolerance` if it has one. None where a row has no tests.
     """
-    shares = fraction(prompts, completions, tests, entry_point)
-    return [share if share is None or share == 1 else type(share)(0.0, share.status, share.message) for share in shares]
+    return [
+        wrong(0.0, share.message) if isinstance(share, Verdict) and share.status == "wrong" else share
+        for share in fraction(prompts, completions, tests, entry_point)
+    ]
 
 
 def fraction(prompts, completions, tests, entry_point=None, **columns) -> list[float | None]:

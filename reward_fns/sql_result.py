@@ -20,8 +20,8 @@ FENCE = re.compile(r"```(?:sql|sqlite)?[ \t]*\n(.*?)```", re.DOTALL)
 def reward(prompts, completions, schema, answer, **columns) -> list[float | None]:
     """The column `schema` is the SQL that makes and fills the database, `answer` the reference query.
 
-    The query is the last ```sql block of the completion, or all of it. Results are compared as multisets of rows, in order where the
-    reference has an ORDER BY. None where schema or reference do not run.
+    The query is the last ```sql block of the completion, or all of it. Results are compared as multisets of rows, in order where
+    the reference has an ORDER BY. None where schema or reference do not run.
     """
     return [_score(*row) for row in zip(completions, schema, answer, strict=True)]
 

@@ -448,7 +448,8 @@ def test_closing_kills_workers_and_what_they_started_and_ends_waiting_jobs(open_
 def test_workers_die_with_their_owner(base_dir):
     code = (
         "import os, signal, time\nfrom pathlib import Path\nfrom rlkit.data.rewards.process import WorkerProcess\n"
-        f"worker = WorkerProcess('mine.py:act', Path({str(base_dir)!r}), convention='auto', max_mib=999, unsandboxed=False, start_limit_s=60)\n"
+        "limits = dict(convention='auto', max_mib=999, unsandboxed=False, start_limit_s=60)\n"
+        f"worker = WorkerProcess('mine.py:act', Path({str(base_dir)!r}), **limits)\n"
         "while worker._poll(time.monotonic() + 60) is None: pass\n"
         "call = {'prompt': ['p'], 'completion': ['spin'], 'columns': {}}\n"
         "worker._send({'calls': [call], 'together': False, 'limit_s': 60})\nworker._poll(time.monotonic() + 60)\n"

@@ -1,4 +1,5 @@
-"""Programs that try to get out of the sandbox, and fail. None of this is skipped: without bubblewrap `open_sandbox` says what to do."""
+# ruff: noqa: E501  (a program is one line)
+"""Programs that try to get out of the sandbox, and fail. None is skipped: without bubblewrap `open_sandbox` says what to do."""
 
 import os
 import socket
