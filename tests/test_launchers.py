@@ -86,6 +86,7 @@ class Machine:
             (self.bin / tool).symlink_to(str(shutil.which(tool)))
         self.add("df", "echo Filesystem; echo /dev/vda 0 0 50000000 0% /")
         self.add("gcc", "exit 0")
+        self.add("bwrap", "exit 0")
 
     def add(self, name: str, script: str):
         path = self.bin / name
@@ -249,6 +250,20 @@ def test_a_vllm_that_cannot_be_imported_is_one_sentence_and_leaves_no_stamp(good
     good_machine.tell("broken")
     good_machine.stops_with('import fails with "ImportError: libnuma.so.1: cannot open')
     good_machine.stops_with("import fails")
+
+
+def test_bubblewrap_is_installed_where_that_is_possible_and_else_named(good_machine):
+    (good_machine.bin / "bwrap").unlink()
+    done = good_machine.run("launchers/setup.sh")
+    advice = "there is no bubblewrap, so rewards that run programs will refuse to; install it with: sudo apt install bubblewrap\n"
+    assert done.returncode == 0
+    assert f"set-up: {advice}" in done.stdout
+    assert advice in good_machine.run("launchers/setup.sh").stdout  # as long as it is missing
+    if os.geteuid() == 0:
+        good_machine.add("apt-get", f'echo "apt-get $*" >>"{good_machine.state}/calls"')
+        done = good_machine.run("launchers/setup.sh")
+        assert advice not in done.stdout
+        assert good_machine.calls()[-1] == "apt-get install -y -q bubblewrap"
 
 
 def test_a_second_run_does_nothing(good_machine):

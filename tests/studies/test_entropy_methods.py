@@ -39,8 +39,11 @@ ARMS = {
     "clip_v": ["experiment=clip_v", "token_filter.mu=2.5", "token_filter.max_fraction=0.01"],
     "siren": ["experiment=siren", "entropy.coef=0.2"],
     "epo": ["experiment=epo", "entropy.coef=0.02", "entropy.phase_steps=80"],
-    "aepo": ["experiment=aepo", f"tempering.target={TARGET}"],
-    "pid_entropy": ["experiment=pid_entropy", f"control.target={TARGET}", "control.kp=0.1", "control.ki=0.01", "control.high=0.3"],
+    "aepo": [
+        *("experiment=aepo", f"tempering.target={TARGET}", "tempering.high_temperature=1.6"),
+        *("tempering.prompt_fraction=0.5", "tempering.max_samples=128"),
+    ],
+    "pid_entropy": ["experiment=pid_entropy", f"control.target={TARGET}", "control.kp=0.5", "control.ki=0.03", "control.high=0.5"],
     "skywork_entropy": ["experiment=skywork_entropy", f"control.target={TARGET}", "control.step=0.002", "control.high=0.3"],
 }
 
