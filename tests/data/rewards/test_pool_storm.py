@@ -25,7 +25,7 @@ def f(completions):
     return [1.0]
 """
 QUICK = "def f(completions):\n    return [float(len(text)) for text in completions]\n"
-NUM_HANGS, NUM_WORKERS, LIMIT_S = 1000, 8, 0.2
+NUM_HANGS, NUM_WORKERS, LIMIT_S = 1000, 4, 0.2
 
 
 def items(*texts):
