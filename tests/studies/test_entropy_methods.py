@@ -2,7 +2,7 @@
 
     pytest -m study tests/studies/test_entropy_methods.py
 
-One run after the other from the tiny model, with real vLLM. It writes entropy_methods.json; a fast test holds that to what it shows.
+One run after the other from the tiny model, with real vLLM. It writes entropy_methods.json; a fast test holds it to what it shows.
 """
 
 from __future__ import annotations
