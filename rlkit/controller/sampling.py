@@ -79,7 +79,7 @@ class Sampler:
                     prompt=prompt.text,
                     completion=text,
                     columns=prompt.columns,
-                    completion_ids=completion.response_ids.tolist(),
+                    completion_ids=completion.response_ids,
                     messages=prompt.messages,
                     source=prompt.source,
                 )

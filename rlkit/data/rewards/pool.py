@@ -43,7 +43,7 @@ class RewardItem:
     prompt: str
     completion: str
     columns: Mapping[str, Any]
-    completion_ids: Sequence[int] = ()
+    completion_ids: Sequence[int] | np.ndarray = ()
     messages: Sequence[Mapping[str, str]] | None = None  # of a prompt in chat; None: it is plain text
     source: str = ""  # of the row
 

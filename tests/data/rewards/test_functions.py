@@ -10,7 +10,7 @@ def test_a_bare_name_is_a_shipped_function(tmp_path):
     location = locate("exact_match", tmp_path)
     assert location.file is not None
     assert (location.file.name, location.function) == ("exact_match.py", "reward")
-    with pytest.raises(ConfigError, match=r"reward.fn=exact: reward_fns/ has code_tests, exact_match, .*numeric_match.* or file.py:function"):
+    with pytest.raises(ConfigError, match=r"reward.fn=exact: reward_fns/ has code_tests, .*numeric_match.* or file.py:function"):
         locate("exact", tmp_path)
     for name in ("my_rewards.py", "../exact_match", ""):
         with pytest.raises(ConfigError, match=r"Write one of these, or file.py:function"):

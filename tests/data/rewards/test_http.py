@@ -16,6 +16,8 @@ from rlkit.types import RewardStatus
 class Server(ThreadingHTTPServer):
     """Answers every POST by what the test says; remembers what it got."""
 
+    daemon_threads = False  # so that closing waits for them, and no later test finds their sockets
+
     def __init__(self, answer):
         self.answer, self.seen, self.under_way, self.most_under_way = answer, [], 0, 0
         self.lock = threading.Lock()
@@ -80,7 +82,7 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_not(serve):
 
 
 def test_there_is_a_deadline(serve):
-    slow = serve(lambda number, body: time.sleep(3) or (200, "{}"))
+    slow = serve(lambda number, body: time.sleep(1) or (200, "{}"))
     began = time.monotonic()
     with pytest.raises(OSError, match="timed out"):
         asyncio.run(post(slow.url, {}, deadline_s=0.3))
