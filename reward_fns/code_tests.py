@@ -7,16 +7,17 @@ from rlkit.data.rewards.verdicts import Verdict
 from rlkit.data.sandbox import Case, Program, open_sandbox
 
 SANDBOX = open_sandbox()  # here, so that a run without one stops before it starts
-FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+TAGGED = re.compile(r"```(?:python|py)\b[^\n]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+BARE = re.compile(r"```[ \t]*\n(.*?)```", re.DOTALL)
 
 
 def reward(prompts, completions, tests, entry_point=None, **columns) -> list[float | None]:
     """The column `tests` is a list of `{"input": text, "output": text}`, for a program that reads standard input and prints, or of
     `{"call": [arguments], "returns": value}`, for one with a function of the name in the column `entry_point`.
 
-    The program is the last ```python block of the completion, or all of it where there is none. What it prints is compared line by
-    line, without white space at the ends; what it returns as JSON has it (a tuple equals a list), numbers with the test's
-    `tolerance` if it has one. None where a row has no tests.
+    The program is the last ```python block of the completion, or the last unmarked one, or all of it where there is none. What it
+    prints is compared line by line, without white space at the ends; what it returns as JSON has it (a tuple equals a list),
+    numbers with the test's `tolerance` if it has one. None where a row has no tests.
     """
     return [
         wrong(0.0, share.message) if isinstance(share, Verdict) and share.status == "wrong" else share
@@ -33,7 +34,7 @@ def fraction(prompts, completions, tests, entry_point=None, **columns) -> list[f
 def _passed(text, tests, name) -> float | None:
     if not tests:
         return None
-    blocks = FENCE.findall(text)
+    blocks = TAGGED.findall(text) or BARE.findall(text)
     code = blocks[-1] if blocks else text
     if not code.strip():
         return unparsable()
@@ -56,6 +57,13 @@ def _is_right(outcome, test) -> bool:
     return _lines(outcome.stdout) == _lines(test["output"])
 
 
+def _close(found, wanted, tolerance) -> bool:
+    try:
+        return abs(found - wanted) <= tolerance
+    except OverflowError:  # an integer that no float holds is close to none
+        return False
+
+
 def _lines(text) -> list[str]:
     return [line.rstrip() for line in text.strip().splitlines()]
 
@@ -64,7 +72,7 @@ def _equal(found, wanted, tolerance) -> bool:
     if isinstance(wanted, bool) or isinstance(found, bool) or wanted is None:
         return found is wanted
     if isinstance(wanted, int | float):
-        return isinstance(found, int | float) and abs(found - wanted) <= tolerance
+        return isinstance(found, int | float) and (found == wanted or _close(found, wanted, tolerance))
     if isinstance(wanted, list):
         same = isinstance(found, list) and len(found) == len(wanted)
         return same and all(_equal(a, b, tolerance) for a, b in zip(found, wanted, strict=True))

@@ -314,7 +314,10 @@ ADD = "def add(a, b):\n    return a + b\n"
         ("print(int(input()) * 2)", [{"input": "2", "output": "4"}, {"input": "-3\n", "output": "-6\n\n"}], None, 1),
         ("print('4 ')", [{"input": "", "output": "4"}], None, 1),
         ("print('4\\n4')", [{"input": "", "output": "4"}], None, 0),
-        ("while True: pass", [{"input": "", "output": ""}], None, 0),
+        ("while True: pass", [{"input": "", "output": ""}] * 3, None, 0),  # wrong, and not late
+        ("def f(): return 10**400", [{"call": [], "returns": 1.5}], "f", 0),
+        (f"```python\n{ADD}```\nIt prints\n```\n3\n```", [{"call": [1, 2], "returns": 3}], "add", 1),
+        (f"```\n{ADD}```", [{"call": [1, 2], "returns": 3}], "add", 1),
         ("import os; os._exit(0)", [{"call": [], "returns": None}], "f", 0),
         ("print('4'); raise SystemExit(1)", [{"input": "", "output": "4"}], None, 0),
         ("", [{"input": "", "output": ""}], None, 0),

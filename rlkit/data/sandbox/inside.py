@@ -19,9 +19,13 @@ def main(result_fd, uid):
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    answers = []
+    answers, began = [], time.monotonic()
     for case in request["cases"]:
-        answers.append(run(request, case, result_fd))
+        left = request["limits"]["total_s"] - (time.monotonic() - began)
+        if left <= 0:
+            answers.append({"status": "timeout"})
+            continue
+        answers.append(run(request, case, result_fd, min(request["limits"]["wall_s"], left)))
         while request["isolated"]:  # what the program left behind does not run beside the next case
             try:
                 os.kill(-1, signal.SIGKILL)  # everything here but this process and the sandbox's first
@@ -34,7 +38,7 @@ def main(result_fd, uid):
         payload = payload[os.write(result_fd, payload) :]
 
 
-def run(request, case, result_fd):
+def run(request, case, result_fd, wall_s):
     """One case in a child of this process. What it writes goes to files that have no name, in the sandbox's own small memory."""
     limits = request["limits"]
     files = [os.open(request["folder"], os.O_TMPFILE | os.O_RDWR, 0o600) for _ in range(4)]
@@ -54,7 +58,7 @@ def run(request, case, result_fd):
         ended, code = os.waitpid(pid, os.WNOHANG)
         if ended:
             status = "ok" if code == 0 else "error"
-        elif time.monotonic() - began > limits["wall_s"]:
+        elif time.monotonic() - began > wall_s:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             status = "timeout"

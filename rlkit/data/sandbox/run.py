@@ -42,6 +42,7 @@ class Limits:
     """What one case may use."""
 
     wall_s: float = 4.0
+    total_s: float = 6.0  # of all cases of a call: below the usual reward.timeout_s, so that what hangs is wrong, and not late
     cpu_s: int = 4
     memory_mib: int = 512  # of address space, per process
     num_processes: int = 32
@@ -215,7 +216,7 @@ def _converse(
     }
     reader, writer = os.pipe()
     script = f"{INSIDE.read_text(encoding='utf-8')}\nmain({writer}, {uid})\n"
-    deadline = time.monotonic() + GRACE_S + len(cases) * (limits.wall_s + 0.2)
+    deadline = time.monotonic() + GRACE_S + limits.total_s
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
         stdin.write(json.dumps(request).encode())
         stdin.seek(0)

@@ -215,6 +215,13 @@ def test_what_passes_is_decided_outside(forgery):
     assert outcome.value != 42 or "json.dumps" in forgery
 
 
+def test_all_cases_together_have_a_limit():
+    began = time.monotonic()
+    outcomes = run("while True: pass", *[Case()] * 5, limits=Limits(wall_s=1.0, cpu_s=60, total_s=1.5))
+    assert [outcome.status for outcome in outcomes] == ["timeout"] * 5
+    assert time.monotonic() - began < 3.5
+
+
 def test_one_case_leaves_nothing_for_the_next():
     code = "import os\nopen('/tmp/left', 'a').write('x')\nif os.fork() == 0:\n    import time; time.sleep(100)\nprint(len(os.listdir('/proc/self/fd')))"
     first, second = run(code, Case(), Case())
