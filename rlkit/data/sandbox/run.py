@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 NOBODY = 65534
 GRACE_S = 2.0  # beyond the cases' own limits, for the sandbox to start and to answer
 MAX_ANSWER = 16 << 20  # bytes
+ANSWER = {"status", "stdout", "stderr", "returned"}  # what `inside.py` says of each case, in texts
 UNSAFE = "RLKIT_ALLOW_UNSANDBOXED"  # set in reward workers by reward.unsafe_allow_unsandboxed
 INSIDE = Path(__file__).with_name("inside.py")
 INSTALL = "install bubblewrap (Debian and Ubuntu: sudo apt install bubblewrap), or write reward.unsafe_allow_unsandboxed=true"
@@ -75,7 +76,6 @@ class Outcome:
     stdout: str = ""
     stderr: str = ""
     value: Any = None  # that the entry point returned
-    seconds: float = 0.0
 
 
 class Sandbox(Protocol):
@@ -94,10 +94,14 @@ def open_sandbox() -> Sandbox:
         problem = "there is no bwrap"
     else:
         sandbox = Bubblewrap(path)
-        [outcome] = sandbox.run(Program(code="print(6 * 7)"), [Case()])
-        if (outcome.status, outcome.stdout) == ("ok", "42\n"):
-            return sandbox
-        problem = f"bwrap does not work here ({(outcome.stderr.strip().splitlines() or [outcome.status])[-1]})"
+        try:
+            [outcome] = sandbox.run(Program(code="print(6 * 7)"), [Case()])
+        except ResourceError as error:
+            problem = f"bwrap does not work here ({error})"
+        else:
+            if (outcome.status, outcome.stdout) == ("ok", "42\n"):
+                return sandbox
+            problem = f"bwrap does not work here ({(outcome.stderr.strip().splitlines() or [outcome.status])[-1]})"
     if os.environ.get(UNSAFE) != "1":
         raise ConfigError(f"the reward runs programs that the model wrote, and {problem}: {INSTALL}.")
     logger.warning("Programs that the model wrote run WITHOUT a sandbox, as this user, with network and files: %s.", problem)
@@ -151,7 +155,7 @@ class Bubblewrap:
         return ["--userns", str(fds[-1]), *apart, *safe, *capabilities]
 
     def _files(self, limits: Limits) -> list[str]:
-        binds: list[str] = []
+        binds = ["--perms", "0755", "--dir", "/usr"]  # as the parent of a bind alone, nobody but root could enter it
         for name in ("/usr/lib", "/usr/lib64", "/usr/lib32"):
             binds += ["--ro-bind-try", name, name]
         for name in ("/lib", "/lib64", "/lib32"):
@@ -232,19 +236,29 @@ def _converse(
         )
         os.close(writer)
         try:
-            answer = _read_answer(reader, deadline)
+            answer = _read_answer(reader, deadline, len(cases))
         finally:
             os.close(reader)
             # The group, and with bubblewrap's first process everything in its namespace of processes.
             _kill(process)
-        if answer is None or len(answer) != len(cases):
+        if answer is None:
             said = os.pread(stderr.fileno(), limits.output_bytes, 0).decode("utf-8", "replace")
             return [Outcome(status="killed", stderr=said) for _ in cases]
-    return [Outcome(**each) for each in answer]
+    return [_outcome(case, each) for case, each in zip(cases, answer, strict=True)]
 
 
-def _read_answer(reader: int, deadline: float) -> list[dict[str, Any]] | None:
-    """The length-prefixed JSON; None when it does not come, or is none."""
+def _outcome(case: Case, answer: dict[str, str]) -> Outcome:
+    status, value = answer["status"], None
+    if status == "ok" and case.arguments is not None:
+        try:
+            value = json.loads(answer["returned"])
+        except (ValueError, RecursionError):  # it left before it returned, or nests deeper than anybody reads
+            status = "error"
+    return Outcome(status=status, stdout=answer["stdout"], stderr=answer["stderr"], value=value)
+
+
+def _read_answer(reader: int, deadline: float, num_cases: int) -> list[dict[str, str]] | None:
+    """The length-prefixed JSON; None when it does not come, or is not what `inside.py` writes."""
     import select
 
     content, wanted = b"", 4
@@ -260,9 +274,20 @@ def _read_answer(reader: int, deadline: float) -> list[dict[str, Any]] | None:
             if wanted > MAX_ANSWER:
                 return None
     try:
-        return json.loads(content[4:wanted])
-    except ValueError:
+        answer = json.loads(content[4:wanted])
+    except (ValueError, RecursionError):
         return None
+    return answer if _is_answer(answer, num_cases) else None
+
+
+def _is_answer(answer: Any, num_cases: int) -> bool:
+    """Whoever wrote it cannot make the reward fail where it should say wrong."""
+    return (
+        isinstance(answer, list)
+        and len(answer) == num_cases
+        and all(isinstance(each, dict) and each.keys() == ANSWER for each in answer)
+        and all(isinstance(text, str) for each in answer for text in each.values())
+    )
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -288,8 +313,11 @@ def _root_and_nobody() -> int:
     try:
         if os.read(ready[0], 1) != b"y":
             raise ResourceError("The kernel refuses user namespaces, and the sandbox is made of them. Allow them (sysctl).")
-        for name in ("uid_map", "gid_map"):
-            Path(f"/proc/{pid}/{name}").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n")
+        try:
+            for name in ("uid_map", "gid_map"):
+                Path(f"/proc/{pid}/{name}").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n")
+        except OSError as error:
+            raise ResourceError(f"The kernel refuses to map users {0} and {NOBODY} in a namespace: {error}.") from None
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.write(go[1], b"x")

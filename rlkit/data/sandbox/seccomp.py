@@ -1,7 +1,8 @@
 """A filter of system calls for the sandbox, as the kernel wants it: a classic BPF program.
 
 Namespaces and dropped capabilities already stop what is listed here from reaching anything; the filter keeps hostile programs away
-from parts of the kernel that no grader needs and where its bugs have been. A refused call fails with EPERM.
+from parts of the kernel that no grader needs and where its bugs have been, and from memory that no limit counts: segments and
+files that belong to no process. A refused call fails with EPERM.
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ _REFUSED = {
     "mknod": (133, None),
     "mknodat": (259, 33),
     "vhangup": (153, 58),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
     "iopl": (172, None),
     "ioperm": (173, None),
 }

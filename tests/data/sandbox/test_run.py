@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from rlkit.data.sandbox import Case, Limits, Program, open_sandbox
-from rlkit.data.sandbox.run import UNSAFE, Unsandboxed
-from rlkit.errors import ConfigError
+from rlkit.data.sandbox.run import UNSAFE, Unsandboxed, _read_answer
+from rlkit.errors import ConfigError, ResourceError
 
 CANARY = "canary-4f1c"
 QUICK = Limits(wall_s=1.5, cpu_s=2)
@@ -82,6 +82,9 @@ ATTEMPTS = {
     "type into the terminal": "import fcntl, termios; fcntl.ioctl(open('/dev/tty'), termios.TIOCSTI, b'x'); print('ESCAPED')",
     "install a package": "import subprocess, sys; subprocess.run([sys.executable, '-m', 'pip', 'download', 'six'], check=True, timeout=1); print('ESCAPED')",
     "run a shell": "import os; print('ESCAPED' if os.system('/bin/sh -c true') == 0 else 'no shell')",
+    "memory of no process": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0 else 'refused')",
+    "a file of no folder": "import os; os.memfd_create('x'); print('ESCAPED')",
+    "a message queue": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).msgget(0, 0o1600) >= 0 else 'refused')",
     "write to every descriptor": "import os, struct\nfor fd in range(3, 256):\n    try: os.write(fd, struct.pack('>I', 2) + b'[]'); print('ESCAPED')\n    except OSError: pass",
 }
 
@@ -148,6 +151,8 @@ def test_an_attempt_to_get_out_fails_and_leaves_nothing_behind(attempt, outside)
     [outcome] = run(ATTEMPTS[attempt].format(**outside))
     assert "ESCAPED" not in outcome.stdout, outcome
     assert CANARY not in outcome.stdout + outcome.stderr + str(outcome.value)
+    if "ctypes" in ATTEMPTS[attempt]:  # the kernel was asked, and said no
+        assert outcome.status == "ok", outcome
     assert not any(path.exists() for path in planted)
     assert all_ended()
 
@@ -223,10 +228,54 @@ def test_all_cases_together_have_a_limit():
 
 
 def test_one_case_leaves_nothing_for_the_next():
-    code = "import os\nopen('/tmp/left', 'a').write('x')\nif os.fork() == 0:\n    import time; time.sleep(100)\nprint(len(os.listdir('/proc/self/fd')))"
-    first, second = run(code, Case(), Case())
-    assert (first.status, second.status) == ("ok", "ok")
+    code = (
+        "import os, time\n"
+        "print(os.listdir('/tmp'), [p for p in os.listdir('/proc') if p.isdigit()][3:], flush=True)\n"
+        "os.makedirs('/tmp/a/b'); open('/tmp/a/b/left', 'w').write('x'); os.symlink('/tmp', '/tmp/a/link'); os.chmod('/tmp/a', 0)\n"
+        "if os.fork() == 0:\n    os.setsid()\n    time.sleep(100)\n"
+        "try:\n    for n in range(99): open(f'/tmp/{n}', 'wb').write(bytes(1 << 20))\nexcept OSError: pass\n"
+    )
+    first, second = run(code, Case(stdin="x"), Case(stdin="x"))
+    assert (first.status, second.status) == ("ok", "ok"), second
+    assert first.stdout == second.stdout == "[] []\n"
     assert all_ended()
+
+
+def test_the_standard_library_is_there():
+    """Also what rests on the system's own libraries, and is imported after the program has become nobody."""
+    names = ["bz2", "ctypes", "decimal", "hashlib", "lzma", "sqlite3", "ssl", "zlib", "collections", "heapq", "numbers", "typing"]
+    code = f"found = []\nfor name in {names}:\n    try: __import__(name); found.append(name)\n    except ImportError: pass\nprint(found)"
+    bare = subprocess.run([Path(sys.base_prefix) / "bin" / "python3", "-ISc", code], capture_output=True, text=True, check=True)
+    assert run(code)[0].stdout == bare.stdout
+
+
+@pytest.mark.parametrize("depth", [500, 900, 980, 2000, 30000])
+def test_no_returned_value_raises_outside(depth):
+    code = f"import json\njson.dumps = lambda value: '[' * {depth} + ']' * {depth}\ndef f(): return 1"
+    [outcome] = run(code, Case(arguments=[]), entry_point="f")
+    assert outcome.status in ("ok", "error")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b"null",
+        b"[" * 9000,
+        b"[[]]",
+        b'[{"status": "ok"}]',
+        b"\xff",
+        b'[{"status":1,"stdout":2,"stderr":3,"returned":4}]',
+    ],
+)
+def test_an_answer_of_another_form_is_none(answer):
+    reader, writer = os.pipe()
+    os.write(writer, len(answer).to_bytes(4) + answer)
+    os.close(writer)
+    assert _read_answer(reader, time.monotonic() + 1, 1) is None
+    os.close(reader)
 
 
 def test_a_sandbox_dies_with_the_process_that_started_it(tmp_path):
@@ -266,5 +315,22 @@ def test_without_bubblewrap_programs_are_refused_unless_asked_for(monkeypatch, c
         [outcome] = sandbox.run(Program(code="print(input())"), [Case(stdin="x")], QUICK)
         assert (outcome.status, outcome.stdout) == ("ok", "x\n")
         assert sandbox.run(Program(code="while True: pass"), [Case()], QUICK)[0].status == "timeout"
+    finally:
+        open_sandbox.cache_clear()
+
+
+def test_where_the_kernel_refuses_namespaces_the_same_is_said_and_the_same_setting_helps(monkeypatch):
+    """As in a container without privileges."""
+
+    def refuse(*_):
+        raise ResourceError("The kernel refuses user namespaces.")
+
+    monkeypatch.setattr("rlkit.data.sandbox.run.Bubblewrap.run", refuse)
+    open_sandbox.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=r"refuses user namespaces.*write reward.unsafe_allow_unsandboxed=true"):
+            open_sandbox()
+        monkeypatch.setenv(UNSAFE, "1")
+        assert isinstance(open_sandbox(), Unsandboxed)
     finally:
         open_sandbox.cache_clear()
