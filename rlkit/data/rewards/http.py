@@ -25,6 +25,7 @@ async def post(url: str, body: dict[str, Any], *, deadline_s: float, headers: di
         try:
             return await asyncio.to_thread(_post_once, url, body, headers or {}, max(end - time.monotonic(), 0.01))
         except urllib.error.HTTPError as error:
+            error.close()  # it holds the connection
             problem = OSError(f"{url} answered {error.code} {error.reason}")
             if error.code not in PASSING:
                 raise problem from None
