@@ -38,7 +38,7 @@ def test_a_module_is_found_without_importing_its_package(tmp_path: Path):
     assert locate("judges_for_test.strict:f", tmp_path).module == "judges_for_test.strict"
     with pytest.raises(ConfigError, match=r"there is no module judges_for_test.lax; judges_for_test has strict"):
         locate("judges_for_test.lax:f", tmp_path)
-    with pytest.raises(ConfigError, match=r"there is no module judge; .* has judges_for_test"):
-        locate("judge:f", tmp_path)
+    with pytest.raises(ConfigError, match=r"there is no module judging; .* has judges_for_test"):
+        locate("judging:f", tmp_path)
     with pytest.raises(ConfigError, match=r"judges_for_test.strict is a module, not a package"):
         locate("judges_for_test.strict.deep:f", tmp_path)
