@@ -368,7 +368,7 @@ SCHEMA = "create table t (a, b); insert into t values (1, 'x'), (2, 'y'), (2, 'z
         ("select length(hex(printf('%99999999d', 1)))", "select 1", 0),
         ("select a from t order by a desc", "select a from (select a from t order by a)", 1),
         ("select 3 union all select 1 union all select 2", "select row_number() over (order by a) from t", 1),
-        ("select a from t order by a desc", "select a from (select ')' as a from t) order by a", 0),
+        ("select a from t order by a desc", "select a from t where ')' = ')' order by a", 0),
         ("delete from t", "select 1", 0),
         ("select 1; drop table t", "select 1", 0),
         ("attach database '/tmp/planted.db' as p", "select 1", 0),

@@ -317,7 +317,7 @@ def _root_and_nobody() -> int:
             for name in ("uid_map", "gid_map"):
                 Path(f"/proc/{pid}/{name}").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n")
         except OSError as error:
-            raise ResourceError(f"The kernel refuses to map users {0} and {NOBODY} in a namespace: {error}.") from None
+            raise ResourceError(f"The kernel refuses to map users 0 and {NOBODY} in a namespace: {error}.") from None
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.write(go[1], b"x")
