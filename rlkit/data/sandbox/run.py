@@ -10,6 +10,7 @@ import ctypes
 import json
 import logging
 import os
+import select
 import shutil
 import signal
 import struct
@@ -34,7 +35,6 @@ GRACE_S = 2.0  # beyond the cases' own limits, for the sandbox to start and to a
 MAX_ANSWER = 16 << 20  # bytes
 ANSWER = {"status", "stdout", "stderr", "returned"}  # what `inside.py` says of each case, in texts
 UNSAFE = "RLKIT_ALLOW_UNSANDBOXED"  # set in reward workers by reward.unsafe_allow_unsandboxed
-INSIDE = Path(__file__).with_name("inside.py")
 INSTALL = "install bubblewrap (Debian and Ubuntu: sudo apt install bubblewrap), or write reward.unsafe_allow_unsandboxed=true"
 
 
@@ -189,6 +189,11 @@ def _python() -> list[str]:
     return [str(interpreter), "-I", "-S", "-c"]
 
 
+@cache
+def _inside() -> str:
+    return Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
+
+
 def _converse(
     command: list[str],
     program: Program,
@@ -200,11 +205,12 @@ def _converse(
     folder: str,
 ) -> list[Outcome]:
     """Start the command, hand it the request, read its answer; kill it and all that it started whatever happens."""
+    isolated = command[0].endswith("bwrap")
     request = {
         "code": program.code,
         "entry_point": program.entry_point,
         "folder": folder,
-        "isolated": command[0].endswith("bwrap"),
+        "isolated": isolated,
         "cases": [{"stdin": case.stdin} if case.arguments is None else {"call": list(case.arguments)} for case in cases],
         "limits": asdict(limits)
         | {
@@ -215,11 +221,11 @@ def _converse(
                 "RLIMIT_NOFILE": limits.num_open_files,
                 "RLIMIT_CORE": 0,
             }
-            | ({"RLIMIT_NPROC": limits.num_processes} if command[0].endswith("bwrap") else {})
+            | ({"RLIMIT_NPROC": limits.num_processes} if isolated else {})
         },
     }
     reader, writer = os.pipe()
-    script = f"{INSIDE.read_text(encoding='utf-8')}\nmain({writer}, {uid})\n"
+    script = f"{_inside()}\nmain({writer}, {uid})\n"
     deadline = time.monotonic() + GRACE_S + limits.total_s
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
         stdin.write(json.dumps(request).encode())
@@ -230,7 +236,7 @@ def _converse(
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             env={"LANG": "C.UTF-8"},
-            cwd=folder if not request["isolated"] else "/",
+            cwd="/" if isolated else folder,
             pass_fds=[writer, *fds],
             start_new_session=True,
         )
@@ -259,8 +265,6 @@ def _outcome(case: Case, answer: dict[str, str]) -> Outcome:
 
 def _read_answer(reader: int, deadline: float, num_cases: int) -> list[dict[str, str]] | None:
     """The length-prefixed JSON; None when it does not come, or is not what `inside.py` writes."""
-    import select
-
     content, wanted = b"", 4
     while len(content) < wanted:
         left = deadline - time.monotonic()
