@@ -275,10 +275,10 @@ def resumed_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
 
 def rehearse(config: RunConfig) -> None:
     """`dry_run=true`: everything short of starting a worker. The model's files, the reward function and every row are looked at."""
+    from rlkit.controller.episodes import open_environment, read_prompts
     from rlkit.data.models.loading import load_tokenizer, num_parameters, resolve
     from rlkit.data.models.lora import num_adapter_parameters
     from rlkit.data.models.reference import check_reference, held_models
-    from rlkit.data.prompts import load_prompts
     from rlkit.data.rewards.weighted import open_rewards
     from rlkit.schedule import schedule
     from rlkit.settings import LoraLearner
@@ -289,8 +289,9 @@ def rehearse(config: RunConfig) -> None:
     scored = sum(num_parameters(each) for each in held_models(config))
     print(schedule(config, num_parameters(folder), adapters, scored))
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-    with open_rewards(config.reward, base_dir=Path.cwd()) as rewards:
-        prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, missing=rewards.missing)
+    base_dir = Path.cwd()
+    with open_rewards(config.reward, base_dir=base_dir) as rewards, open_environment(config, base_dir=base_dir) as environment:
+        prompts = read_prompts(config, tokenizer, rewards, environment)
     print(f"{len(prompts.train):,} prompts to train on, {len(prompts.held_out):,} held out. Nothing was started: dry_run=true.")
 
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from rlkit.config import RunConfig
 from rlkit.controller.cluster import Cluster
+from rlkit.controller.episodes import make_sampler, open_environment, read_prompts
 from rlkit.controller.fleet import Engines
 from rlkit.controller.sampling import Sampler
 from rlkit.controller.turns import SideBySide
 from rlkit.core.evaluation import bootstrap_interval, pass_at_k
 from rlkit.data.models.loading import load_tokenizer, resolve, stop_token_ids
-from rlkit.data.prompts import load_prompts
 from rlkit.data.rewards.weighted import open_rewards
 from rlkit.errors import ConfigError, DataError
 from rlkit.settings import HeldOut
@@ -124,14 +124,11 @@ def evaluate_checkpoint(config: RunConfig, cluster: Cluster) -> Evaluation:
         raise ConfigError("evaluation=none: there is nothing to evaluate. Write evaluation=held_out.")
     folder = resolve(config.model.path)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-    with open_rewards(config.reward, base_dir=Path.cwd()) as rewards:
-        prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, missing=rewards.missing)
-        sampler = Sampler(
-            engines=Engines(config, cluster, SideBySide(), purpose="evaluation"),
-            rewards=rewards,
-            tokenizer=tokenizer,
-            seed=config.seed,
-        )
+    base_dir = Path.cwd()
+    with open_rewards(config.reward, base_dir=base_dir) as rewards, open_environment(config, base_dir=base_dir) as environment:
+        prompts = read_prompts(config, tokenizer, rewards, environment)
+        engines = Engines(config, cluster, SideBySide(), purpose="evaluation")
+        sampler = make_sampler(config, engines, rewards, tokenizer, environment)
         return evaluate(
             sampler,
             prompts.held_out,

@@ -40,6 +40,10 @@ class Channel:
             self._buffer += chunk
         return message
 
+    def fileno(self) -> int:
+        """For a selector."""
+        return self._connection.fileno()
+
     def has_input(self) -> bool:
         """Whether something has arrived that `receive` has not returned."""
         return bool(self._buffer) or bool(select.select([self._connection], [], [], 0)[0])
