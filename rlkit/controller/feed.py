@@ -59,6 +59,7 @@ class Feed:
             rollouts=[rollout for rollout in everything if rollout.group_id in groups],
             generate_s=sum(batch.generate_s for batch in batches),
             reward_s=sum(batch.reward_s for batch in batches),
+            environment_s=sum(batch.environment_s for batch in batches),
             num_prompts=sum(batch.num_prompts for batch in batches),
         )
 
@@ -73,6 +74,7 @@ class Feed:
             tempered=tempered.rollouts,
             generate_s=sampled.generate_s + tempered.generate_s,
             reward_s=sampled.reward_s + tempered.reward_s,
+            environment_s=sampled.environment_s + tempered.environment_s,
         )
 
     def _draw(self, label: str, start: int, *, count: int | None = None, sampling: SamplingSpec | None = None) -> Submitted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -14,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from rlkit.types import RewardStatus
 
 START_LIMIT_S = 60.0  # to start Python and import the environment
 POLL_S = 0.25  # how often a silent worker's memory is looked at
+OTHER_FILES = 1024  # that a run may have open
 EPISODES_PER_WORKER = 1000  # then it makes room for a fresh one
 
 
@@ -59,6 +61,7 @@ class EnvironmentPool:
         The kernel kills everything when the thread that called this ends.
         """
         self._settings, self._start_limit_s = settings, start_limit_s
+        _make_room(settings.max_episodes_at_once)
         base_dir = base_dir.resolve()
         locate("environment.env", settings.entry, base_dir)
         self._budget = ErrorBudget(
@@ -156,19 +159,21 @@ class EnvironmentPool:
             return worker
 
     def _fork(self) -> EpisodeWorker:
-        try:
-            ours, theirs = socket.socketpair()
-            with theirs:
+        with ExitStack() as unused:
+            try:
+                ours, theirs = map(unused.enter_context, socket.socketpair())
                 socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
-                answer = self._hear()
-        except OSError as error:
-            if error.errno != errno.EMFILE:
-                raise ResourceError(f"The process that environments are forked from has ended: {error}.") from error
-            raise ResourceError(
-                f"{len(self._busy)} episodes at once use up this process's open files. Raise the limit (ulimit -n), or lower "
-                "prompts_per_step, group_size or evaluation.num_prompts."
-            ) from error
-        return EpisodeWorker(answer["pid"], Channel(ours))
+                pid = self._hear()["pid"]
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise ResourceError(f"The process that environments are forked from has ended: {error}.") from error
+                raise ResourceError(
+                    f"{len(self._busy)} episodes at once use up this process's open files. Raise the limit (ulimit -n), or lower "
+                    "environment.max_episodes_at_once."
+                ) from error
+            unused.pop_all()
+            theirs.close()
+        return EpisodeWorker(pid, Channel(ours))
 
     def _hear(self) -> dict[str, Any]:
         """What the process that forks says. Raises ConfigError where it says that it cannot start."""
@@ -273,3 +278,11 @@ def _sent(row: Mapping[str, Any]) -> Any:
         return plain(dict(row))
     except Unsendable as kind:
         raise DataError(f"A row of the data holds {kind}, which cannot be sent to an environment. Store text or numbers.") from None
+
+
+def _make_room(num_episodes: int) -> None:
+    """Each episode holds a socket open, and the usual limit of 1024 is meant for less: up to what the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_episodes + OTHER_FILES
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
