@@ -111,6 +111,7 @@ from rlkit.settings import (
     ExistingRay,
     ExpressionsData,
     FileTracking,
+    GuessingData,
     GuessingGame,
     HeldOut,
     HuggingFaceData,
@@ -129,7 +130,7 @@ from rlkit.settings import (
     RaySettings,
     ReasoningGymData,
     Reward,
-    RewardSettings,
+    RewardChoice,
     RolloutEngine,
     Sgd,
     SingleTurn,
@@ -167,7 +168,7 @@ class RunConfig:
 
     model: Model = MISSING
     data: Data = MISSING
-    reward: RewardSettings = MISSING
+    reward: RewardChoice = MISSING
     shaping: Shaping = MISSING
     prompt_filter: PromptFilter = MISSING
     environment: Environment = MISSING
@@ -331,6 +332,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "data": {
         "expressions": ExpressionsData,
         "comparison": ComparisonData,
+        "guessing": GuessingData,
         "jsonl": JsonlData,
         "parquet": ParquetData,
         "mixture": MixtureData,
@@ -594,6 +596,8 @@ def _what_to_write(key: str, group: DictConfig) -> str:
             return " Write data.path=file."
         case "data.files":
             return " Write data.files={math:math.jsonl,chat:chat.parquet}."
+        case "environment.env":
+            return " Write environment.env=my_env.py:MyEnvironment, a class with reset and step."
         case "reward.fns":
             return " Write reward.fns={accuracy:numeric_match,form:format}."
         case "data.task":
@@ -944,20 +948,43 @@ def _source_problems(config: RunConfig) -> Iterator[str]:
     for part, name in config.reward.functions.items():
         key = f"reward.fns.{part}" if part else "reward.fn"
         yield from _function_problems(key, name)
+    yield from _environment_problems(config)
+
+
+def _environment_problems(config: RunConfig) -> Iterator[str]:
+    environment = config.environment
+    if isinstance(environment, PythonEnvironment) and environment.env:
+        yield from _place_problems("environment.env", environment.env, "MyEnvironment")
+        if ":" not in environment.env:
+            yield f"environment.env={environment.env}: write file.py:Class or package.module:Class."
+    if isinstance(environment, ToolEnvironment):
+        for tool in environment.tools:
+            yield from _place_problems("environment.tools", tool, "my_tool")
+    if isinstance(config.reward, EnvironmentReward) and isinstance(environment, SingleTurn | ToolEnvironment):
+        yield (
+            f"reward=environment: environment={choice_of('environment', environment)} gives no reward. Write reward=function with "
+            "reward.fn=, or an environment that does."
+        )
 
 
 def _function_problems(key: str, name: str) -> Iterator[str]:
-    if ":" in name:
-        file, _, function = name.rpartition(":")
-        if file.endswith(".py") and not Path(file).expanduser().is_file():
-            yield f"{key}={name}: there is no file {file} (looked from {Path.cwd()}). Check its spelling."
-        if not function.isidentifier():
-            yield f"{key}={name}: {function!r} is no function's name. Write {key}={file}:my_function."
-    elif name and name not in (known := _reward_names()):
+    yield from _place_problems(key, name, "my_function")
+    if name and ":" not in name and name not in (known := _reward_names()):
         yield (
             f"{key}={name}: no such function in reward_fns/.{suggest(name, known)} Write file.py:function, or one of "
             f"{', '.join(known)}."
         )
+
+
+def _place_problems(key: str, name: str, example: str) -> Iterator[str]:
+    """Of a name in a file or a module; of a name alone nothing is known here."""
+    if ":" not in name:
+        return
+    file, _, member = name.rpartition(":")
+    if file.endswith(".py") and not Path(file).expanduser().is_file():
+        yield f"{key}={name}: there is no file {file} (looked from {Path.cwd()}). Check its spelling."
+    if not member.isidentifier():
+        yield f"{key}={name}: {member!r} is no name. Write {key}={file}:{example}."
 
 
 def _reward_names() -> list[str]:

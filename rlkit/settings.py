@@ -102,6 +102,24 @@ class ComparisonData(Data):
 
 
 @dataclass(kw_only=True, slots=True)
+class GuessingData(Data):
+    """Games of environment=guessing_game: the same question again and again, and a secret number behind each."""
+
+    highest: int = 9  # secret numbers are 1 to this
+    size: int = 512  # games
+    question: str = "I have a number from 1 to {highest} in mind. Guess it; I say whether it is higher or lower."
+    chat: bool = True
+
+    def __post_init__(self):
+        Data.__post_init__(self)
+        require(
+            (self.highest >= 2, f"data.highest={self.highest}: nothing to guess. Write 2 or more; 9 is usual."),
+            (self.size >= 1, f"data.size={self.size}: no game. Write 1 or more; 512 is usual."),
+            (bool(self.question.strip()), "data.question is empty. Write what the policy is asked."),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
 class TableData(Data):
     """Base of the sources whose rows have columns."""
 
@@ -204,8 +222,18 @@ BY_VALUE = OnFailure["value"]  # as an attribute, `value` is every member's own
 
 
 @dataclass(kw_only=True, slots=True)
-class RewardSettings:
-    """Base of the rewards: how long, how often and to what effect a reward function may fail."""
+class RewardChoice:
+    """Base of the rewards."""
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """The reward functions by the name that each is known by; one alone has no name."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardSettings(RewardChoice):
+    """Base of the rewards by functions: how long, how often and to what effect one may fail."""
 
     timeout_s: float = 10.0  # wall clock per call; the worker is killed at it
     num_workers: int = 2  # processes, per function
@@ -218,11 +246,6 @@ class RewardSettings:
     max_calls_per_worker: int = 10_000  # then the worker makes room for a new one
     unsafe_allow_unsandboxed: bool = False  # programs that the model wrote may run without bubblewrap, where there is none
     max_worker_mib: int = 4096  # of memory; a call in which its worker grows beyond it is an error
-
-    @property
-    def functions(self) -> dict[str, str]:
-        """The reward functions by the name that each is known by; one alone has no name."""
-        raise NotImplementedError
 
     def __post_init__(self):
         limit, rate, value, calls_rate = self.timeout_s, self.max_error_rate, self.failed_value, self.max_calls_per_s
@@ -304,7 +327,7 @@ class WeightedRewards(RewardSettings):
 
 
 @dataclass(kw_only=True, slots=True)
-class EnvironmentReward(RewardSettings):
+class EnvironmentReward(RewardChoice):
     """What the environment gives for each turn, and nothing else."""
 
     @property
@@ -348,16 +371,6 @@ class MultiTurn(Environment):
     max_error_rate: float = 0.2  # above it, over the last 200 episodes, the run stops
     unsafe_allow_unsandboxed: bool = False  # programs that the model wrote may run without bubblewrap, where there is none
 
-    @property
-    def entry(self) -> str:
-        """Where its class is: file.py:Class or package.module:Class."""
-        raise NotImplementedError
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """That its class is made with."""
-        raise NotImplementedError
-
     def __post_init__(self):
         turn, limit, rate = self.max_turn_tokens, self.timeout_s, self.max_error_rate
         require(
@@ -391,14 +404,6 @@ class PythonEnvironment(MultiTurn):
     env: str = MISSING  # `file.py:Class` or `package.module:Class`
     options: dict[str, Any] = field(default_factory=dict)  # passed to the class
 
-    @property
-    def entry(self) -> str:
-        return self.env
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return self.options
-
 
 class CallFormat(Enum):
     """How the policy calls a tool."""
@@ -414,14 +419,6 @@ class ToolEnvironment(MultiTurn):
     observation_role: Role = Role.tool
     tools: list[str] = field(default_factory=lambda: ["calculator", "python"])  # these two, or `file.py:function`
     call_format: CallFormat = CallFormat.hermes
-
-    @property
-    def entry(self) -> str:
-        return "rlkit.data.environments.tools:Tools"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {"functions": list(self.tools), "call_format": self.call_format.value, "max_turns": self.max_turns}
 
     def __post_init__(self):
         MultiTurn.__post_init__(self)
@@ -443,14 +440,6 @@ class GuessingGame(MultiTurn):
     max_turns: int = 4
     higher: str = "higher"  # what it hears when the secret number is
     lower: str = "lower"
-
-    @property
-    def entry(self) -> str:
-        return "rlkit.data.environments.guessing:Guessing"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {"higher": self.higher, "lower": self.lower}
 
 
 @dataclass(kw_only=True, slots=True)

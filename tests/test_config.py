@@ -23,6 +23,7 @@ REQUIRED = {
     "data.path": "data.path=rows.jsonl",
     "data.task": "data.task=chain_sum",
     "reward.fn": "reward.fn=expressions",
+    "environment.env": "environment.env=worlds.py:World",
 }
 REQUIRED |= {"model.path": "model.path=tiny"}
 CONTROLS = ("control", "divergence_control", "threshold_control")
@@ -35,6 +36,7 @@ REQUIRED |= {"reference.path": "reference.path=other", "reference.paths": "refer
 def rows(in_folder: Path) -> Path:
     """The current folder, with a data file and a reward function in it."""
     (in_folder / "rows.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
+    (in_folder / "worlds.py").write_text("class World: ...\n")
     (in_folder / "my_rewards.py").write_text("def exact(prompts, completions, answer, **columns):\n    return [0.0]\n")
     return in_folder
 
@@ -69,6 +71,7 @@ GOES_WITH = {  # a choice of this name asks for another
     **dict.fromkeys(("gae", "vc_ppo", "vapo"), "critic=value_model"),
     **dict.fromkeys(("value_model", "double_softmin"), "advantage=gae"),
     "kl_cov": "objective=unclipped",
+    "reward=environment": "environment=guessing_game",
     "old_policy": "optimizer_steps_per_batch=2",
     **dict.fromkeys(("model", "soup", "geometric_mixture", "refresh", "soft_refresh", "ema", "bema"), "divergence=reverse_kl"),
     **dict.fromkeys(("dads", "entropy_gated", "asymmetric"), "divergence=reverse_kl"),
@@ -359,7 +362,7 @@ def test_all_problems_come_in_one_report():
             "Write learner.num_ranks=2 or rollout.weight_transport=host.",
         ),
         ("reward.fn=my_reward.py:exact", "reward.fn=my_reward.py:exact: there is no file my_reward.py", "Check its spelling."),
-        ("reward.fn=my_rewards.py:", "reward.fn=my_rewards.py:: '' is no function's name.", "Write reward.fn=my_rewards.py:my_"),
+        ("reward.fn=my_rewards.py:", "reward.fn=my_rewards.py:: '' is no name.", "Write reward.fn=my_rewards.py:my_"),
         ("data=jsonl data.path=row.jsonl reward.fn=exact_match", "data.path=row.jsonl: no such file", "Check its spelling."),
         ("data=jsonl reward.fn=exact_match", "data.path: has no value.", "Write data.path=file."),
         ("model=path", "model.path: has no value.", "Write model=tiny, model=smollm2_135m, or model.path="),

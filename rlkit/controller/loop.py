@@ -38,6 +38,7 @@ from rlkit.controller.preparation import (
     choose,
     correct,
     divergence_part,
+    episode_parts,
     filtered,
     joined,
     narrow,
@@ -376,6 +377,8 @@ class Run:
         of earlier steps, which no strategy takes for a measurement of the policy."""
         config, num_main = self.config, len(rollouts)
         rollouts = [*rollouts, *stored, *tempered]
+        parts = episode_parts(config, rollouts)
+        rollouts += [part for part, _ in parts]
         scores = None if self.reference is None else self.reference.score(rollouts)
         batch = collate(
             rollouts,
@@ -391,7 +394,8 @@ class Run:
             batch = replace(batch, old_logprobs=batch.rollout_logprobs)
         if "values" in config.needs:
             batch = replace(batch, **self.learner.values(batch))
-        batch, metrics = with_advantages(config, batch, rollouts, self.weights(), divergence=divergence)
+        owners = [owner for _, owner in parts]
+        batch, metrics = with_advantages(config, batch, rollouts, self.weights(), divergence=divergence, owners=owners)
         batch, dropped = filtered(config, batch, truncated(rollouts))
         batch, taken = self.temper(batch, num_main)
         if num_main:

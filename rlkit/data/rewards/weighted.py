@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.data.rewards.signatures import AUTO
 from rlkit.errors import ConfigError
-from rlkit.settings import EnvironmentReward, Reward, RewardSettings, WeightedRewards
+from rlkit.settings import EnvironmentReward, Reward, RewardChoice, WeightedRewards
 from rlkit.types import RewardResult, RewardStatus
 
 # Where functions disagree about a sample: what kept it from being scored comes first, then what was found wrong with it.
@@ -46,7 +46,7 @@ class Rewards(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def open_rewards(settings: RewardSettings, *, base_dir: Path) -> Rewards:
+def open_rewards(settings: RewardChoice, *, base_dir: Path) -> Rewards:
     """Starts the workers and waits for them. Raises ConfigError for a function that cannot be found, imported or called."""
     match settings:
         case WeightedRewards():
