@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlkit.core.advantages import (
     GAE,
     Advantage,
+    ComponentNormalized,
     DecoupledGAE,
     GroupCentered,
     GroupNormalized,
@@ -77,7 +78,7 @@ from rlkit.core.ratios import (
     SequenceMaskedTIS,
     TruncatedIS,
 )
-from rlkit.core.recap import NoObjectiveWeights, ObjectiveWeights, Recap, RecapCode
+from rlkit.core.recap import ApplyTo, NoObjectiveWeights, ObjectiveWeights, Recap, RecapCode
 from rlkit.core.reduce import Aggregation
 from rlkit.core.references import (
     BEMAReference,
@@ -345,6 +346,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "dr_grpo": GroupCentered,
         "rloo": LeaveOneOut,
         "gpg": GroupPolicyGradient,
+        "gdpo": ComponentNormalized,
         "reinforce": Reinforce,
         "reinforce_pp": ReinforcePlusPlus,
         "reinforce_pp_baseline": ReinforcePlusPlusBaseline,
@@ -437,7 +439,7 @@ ALIASES: dict[str, dict[str, str]] = {
 _BASES: dict[str, type] = {name: hint for name, hint in get_type_hints(RunConfig).items() if name in CHOICES}
 # Of the `needs` of strategies, those that a pass of the policy before the update answers.
 MEASURED = frozenset({"proximal_logprobs", "old_pass", "old_entropy", "old_expected_score", "old_nucleus_entropy"})
-GROUP_BASELINES = ("grpo", "dr_grpo", "rloo", "gpg", "reinforce_pp_baseline")  # of CHOICES["advantage"]
+GROUP_BASELINES = ("grpo", "dr_grpo", "rloo", "gpg", "gdpo", "reinforce_pp_baseline")  # of CHOICES["advantage"]
 
 
 def register(choices: Mapping[str, Mapping[str, type]]) -> None:
@@ -636,6 +638,7 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"prompt_filter={name}: how many prompts a step draws is known only after it, and max_staleness={config.max_staleness} "
             "starts the next one before. Write max_staleness=0 or prompt_filter=none."
         )
+    yield from _component_problems(config)
     yield from _tempering_problems(config)
     yield from _selector_problems(config)
     yield from _divergence_problems(config)
@@ -701,6 +704,23 @@ def _selector_problems(config: RunConfig) -> Iterator[str]:
     elif isinstance(config.selector, ClipCov) and config.selector.exclude_clipped and not config.objective.clips:
         yield (
             f"selector.exclude_clipped=true: objective={objective} clips no token's gradient. Write selector.exclude_clipped=false."
+        )
+
+
+def _component_problems(config: RunConfig) -> Iterator[str]:
+    """Advantages from the reward's parts do not see what is done to their sum."""
+    if "reward_components" not in config.advantage.needs:
+        return
+    advantage = choice_of("advantage", config.advantage)
+    if (shaping := choice_of("shaping", config.shaping)) != "none":
+        yield (
+            f"shaping={shaping}: advantage={advantage} learns from the parts of the reward, and what it adds to their sum is none. "
+            "Write shaping=none, with a function of the length in reward.fns, or advantage=grpo."
+        )
+    if getattr(config.objective_weights, "apply_to", None) is ApplyTo.reward:
+        yield (
+            f"objective_weights.apply_to=reward: advantage={advantage} normalises each part of the reward, which undoes it. Write "
+            "objective_weights.apply_to=advantage or loss, or advantage=grpo."
         )
 
 

@@ -48,6 +48,8 @@ TRAINED = [
     " objective=gspo",
     "divergence=rapo reference=geometric_mixture reference.path=tiny rehearsal=base_answers rehearsal.num_prompts=64"
     " rehearsal.samples_per_prompt=1 replay=buffer replay.fraction=0.5",
+    "advantage=gdpo reward.fn=expression_parts replay=buffer replay.fraction=0.5 prompt_filter=dynamic prompt_filter.max_batches=0"
+    " objective_weights=recap objective_weights.apply_to=loss imitation=positive imitation.above=1.5",
     "divergence=alpha divergence.estimator=exact divergence.top_k=8 learner=lora divergence_weights=dads max_staleness=1",
 ]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rlkit.config import RunConfig
+from rlkit.config import RunConfig, choice_of
 from rlkit.controller.reweighting import reward_gains, reweighted
+from rlkit.core.advantages import RewardComponent
 from rlkit.core.aepo import Aepo, TemperedUse, TemperingState
 from rlkit.core.apo import first_advantages
 from rlkit.core.copo import answer_entropy
@@ -18,7 +20,9 @@ from rlkit.core.selectors import NoTokenFilter, Selector
 from rlkit.core.shaping import without_truncated
 from rlkit.core.weights import TokenWeight
 from rlkit.data.collate import group_index, token_rewards
+from rlkit.errors import ConfigError
 from rlkit.metrics import Max, Mean, Metric, Min
+from rlkit.settings import WeightedRewards
 from rlkit.types import Rollout, TrainBatch
 
 
@@ -31,6 +35,27 @@ def shaped_rewards(config: RunConfig, rollouts: Sequence[Rollout], weights: Mapp
         if gained is not None:
             rewards[torch.arange(len(rollouts)), (lengths - 1).clamp(min=0)] += gained
     return rewards
+
+
+def reward_components(config: RunConfig, rollouts: Sequence[Rollout]) -> dict[str, RewardComponent]:
+    """The reward's named parts, in the order that they first occur in. Raises ConfigError where no rollout has any.
+
+    Stored parts have their weights in them; they are taken out, so that an estimator can normalise first and weigh then.
+    """
+    names = dict.fromkeys(name for rollout in rollouts for name in rollout.reward_components)
+    if not names:
+        raise ConfigError(
+            f"advantage={choice_of('advantage', config.advantage)}: it learns from the parts of the reward, and the reward "
+            "function gave one number without parts. Write reward=weighted with "
+            "reward.fns={right:my_rewards.py:exact,form:format}, or return a dict of named parts, or write advantage=grpo."
+        )
+    weights = config.reward.weights if isinstance(config.reward, WeightedRewards) else {}
+    found = {}
+    for name in names:
+        weight = weights.get(name, 1.0)
+        parts = [rollout.reward_components.get(name, math.nan) / weight for rollout in rollouts]
+        found[name] = RewardComponent(rewards=torch.tensor(parts, dtype=torch.float64), weight=weight)
+    return found
 
 
 def sharpened(config: RunConfig, batch: TrainBatch) -> TrainBatch:
@@ -84,8 +109,13 @@ def with_advantages(
     """
     assert batch.rewards is not None  # collate put them there
     groups, mask = group_index(rollouts), batch.response_mask
+    components = {"reward_components": reward_components(config, rollouts)} if "reward_components" in config.advantage.needs else {}
     estimate = config.advantage(
-        token_rewards=shaped_rewards(config, rollouts, weights), response_mask=mask, group_ids=groups, values=batch.old_values
+        token_rewards=shaped_rewards(config, rollouts, weights),
+        response_mask=mask,
+        group_ids=groups,
+        values=batch.old_values,
+        **components,
     )
     advantages, metrics = estimate.advantages, {}
     given = {"response_mask": mask, "rewards": batch.rewards, "group_ids": groups}
