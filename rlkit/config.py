@@ -38,6 +38,7 @@ from rlkit.core.apo import DifficultyAdaptiveDivergence, NoResponseWeights, Resp
 from rlkit.core.control import Control, Controlled, Fixed
 from rlkit.core.control import Schedule as ControlSchedule
 from rlkit.core.copo import COPO, NoPromptAdvantage, PromptAdvantage
+from rlkit.core.curriculum import Curriculum, NoCurriculum, PassRate
 from rlkit.core.distill import NoTeacher, Teacher
 from rlkit.core.divergences import (
     RAPO,
@@ -167,6 +168,7 @@ class RunConfig:
     reward: RewardSettings = MISSING
     shaping: Shaping = MISSING
     prompt_filter: PromptFilter = MISSING
+    curriculum: Curriculum = MISSING
     environment: Environment = MISSING
     rollout: RolloutEngine = MISSING
     learner: Learner = MISSING
@@ -337,6 +339,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "reward": {"function": Reward, "weighted": WeightedRewards},
     "shaping": {"none": NoShaping, "overlong": OverlongPenalty},
     "prompt_filter": {"none": NoPromptFilter, "dynamic": DynamicSampling},
+    "curriculum": {"none": NoCurriculum, "pass_rate": PassRate},
     "environment": {"single_turn": SingleTurn},
     "rollout": {"vllm": VllmEngine, "vllm_async": AsyncVllmEngine, "transformers": TransformersEngine},
     "learner": {"fsdp": Learner, "lora": LoraLearner},
@@ -637,6 +640,11 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"prompt_filter={name}: how many prompts a step draws is known only after it, and max_staleness={config.max_staleness} "
             "starts the next one before. Write max_staleness=0 or prompt_filter=none."
+        )
+    if config.max_staleness > 0 and (name := choice_of("curriculum", config.curriculum)) != "none":
+        yield (
+            f"curriculum={name}: which prompts a step draws follows from the step before, and max_staleness={config.max_staleness} "
+            "starts it without that. Write max_staleness=0 or curriculum=none."
         )
     yield from _component_problems(config)
     yield from _tempering_problems(config)
