@@ -183,7 +183,7 @@ class Progress:
             safeguard=replace(start.safeguard, **stored["safeguard"]),
             tempering=replace(start.tempering, **stored["tempering"]),
             objectives=replace(start.objectives, **stored["objectives"]),
-            curriculum=replace(start.curriculum, **stored["curriculum"]),
+            curriculum=replace(start.curriculum, **stored.get("curriculum", {})),  # older checkpoints of this format have none
             **evaluations,
             **plain,
         )
