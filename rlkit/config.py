@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlkit.core.advantages import (
     GAE,
     Advantage,
+    ComponentNormalized,
     DecoupledGAE,
     GroupCentered,
     GroupNormalized,
@@ -37,6 +38,7 @@ from rlkit.core.apo import DifficultyAdaptiveDivergence, NoResponseWeights, Resp
 from rlkit.core.control import Control, Controlled, Fixed
 from rlkit.core.control import Schedule as ControlSchedule
 from rlkit.core.copo import COPO, NoPromptAdvantage, PromptAdvantage
+from rlkit.core.curriculum import Curriculum, NoCurriculum, PassRate
 from rlkit.core.distill import NoTeacher, Teacher
 from rlkit.core.divergences import (
     RAPO,
@@ -77,7 +79,7 @@ from rlkit.core.ratios import (
     SequenceMaskedTIS,
     TruncatedIS,
 )
-from rlkit.core.recap import NoObjectiveWeights, ObjectiveWeights, Recap, RecapCode
+from rlkit.core.recap import ApplyTo, NoObjectiveWeights, ObjectiveWeights, Recap, RecapCode
 from rlkit.core.reduce import Aggregation
 from rlkit.core.references import (
     BEMAReference,
@@ -171,6 +173,7 @@ class RunConfig:
     reward: RewardChoice = MISSING
     shaping: Shaping = MISSING
     prompt_filter: PromptFilter = MISSING
+    curriculum: Curriculum = MISSING
     environment: Environment = MISSING
     rollout: RolloutEngine = MISSING
     learner: Learner = MISSING
@@ -342,6 +345,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "reward": {"function": Reward, "weighted": WeightedRewards, "environment": EnvironmentReward},
     "shaping": {"none": NoShaping, "overlong": OverlongPenalty},
     "prompt_filter": {"none": NoPromptFilter, "dynamic": DynamicSampling},
+    "curriculum": {"none": NoCurriculum, "pass_rate": PassRate},
     "environment": {
         "single_turn": SingleTurn,
         "python": PythonEnvironment,
@@ -356,6 +360,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "dr_grpo": GroupCentered,
         "rloo": LeaveOneOut,
         "gpg": GroupPolicyGradient,
+        "gdpo": ComponentNormalized,
         "reinforce": Reinforce,
         "reinforce_pp": ReinforcePlusPlus,
         "reinforce_pp_baseline": ReinforcePlusPlusBaseline,
@@ -448,7 +453,7 @@ ALIASES: dict[str, dict[str, str]] = {
 _BASES: dict[str, type] = {name: hint for name, hint in get_type_hints(RunConfig).items() if name in CHOICES}
 # Of the `needs` of strategies, those that a pass of the policy before the update answers.
 MEASURED = frozenset({"proximal_logprobs", "old_pass", "old_entropy", "old_expected_score", "old_nucleus_entropy"})
-GROUP_BASELINES = ("grpo", "dr_grpo", "rloo", "gpg", "reinforce_pp_baseline")  # of CHOICES["advantage"]
+GROUP_BASELINES = ("grpo", "dr_grpo", "rloo", "gpg", "gdpo", "reinforce_pp_baseline")  # of CHOICES["advantage"]
 
 
 def register(choices: Mapping[str, Mapping[str, type]]) -> None:
@@ -649,6 +654,12 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"prompt_filter={name}: how many prompts a step draws is known only after it, and max_staleness={config.max_staleness} "
             "starts the next one before. Write max_staleness=0 or prompt_filter=none."
         )
+    if config.max_staleness > 0 and (name := choice_of("curriculum", config.curriculum)) != "none":
+        yield (
+            f"curriculum={name}: which prompts a step draws follows from the step before, and max_staleness={config.max_staleness} "
+            "starts it without that. Write max_staleness=0 or curriculum=none."
+        )
+    yield from _component_problems(config)
     yield from _tempering_problems(config)
     yield from _selector_problems(config)
     yield from _divergence_problems(config)
@@ -714,6 +725,23 @@ def _selector_problems(config: RunConfig) -> Iterator[str]:
     elif isinstance(config.selector, ClipCov) and config.selector.exclude_clipped and not config.objective.clips:
         yield (
             f"selector.exclude_clipped=true: objective={objective} clips no token's gradient. Write selector.exclude_clipped=false."
+        )
+
+
+def _component_problems(config: RunConfig) -> Iterator[str]:
+    """Advantages from the reward's parts do not see what is done to their sum."""
+    if "reward_components" not in config.advantage.needs:
+        return
+    advantage = choice_of("advantage", config.advantage)
+    if (shaping := choice_of("shaping", config.shaping)) != "none":
+        yield (
+            f"shaping={shaping}: advantage={advantage} learns from the parts of the reward, and what it adds to their sum is none. "
+            "Write shaping=none, with a function of the length in reward.fns, or advantage=grpo."
+        )
+    if getattr(config.objective_weights, "apply_to", None) is ApplyTo.reward:
+        yield (
+            f"objective_weights.apply_to=reward: advantage={advantage} normalises each part of the reward, which undoes it. Write "
+            "objective_weights.apply_to=advantage or loss, or advantage=grpo."
         )
 
 

@@ -118,7 +118,8 @@ def test_no_file_of_conf_repeats_a_default(rows: Path):
         # Without its controllers, which have settings that only the file gives, and its anchor, which needs several updates.
         apart = (*CONTROLS, "anchor")
         choices = [f"{group}={name}" for group, name in compose._hydra(file.stem)[1].items() if group not in apart]
-        before = to_dict(compose_with_what_is_missing([f"experiment={extends or 'none'}", "reward.fn=exact_match", *choices]))
+        fn = ["reward.fn=exact_match"] if "reward=function" in choices else []
+        before = to_dict(compose_with_what_is_missing([f"experiment={extends or 'none'}", *fn, *choices]))
         for key, value in content.items():
             for inner, inner_value in value.items() if isinstance(value, dict) else [(None, value)]:
                 if (before[key].get(inner) if inner else before[key]) == inner_value:
@@ -317,6 +318,12 @@ def test_all_problems_come_in_one_report():
             "objective_weights=recap objective_weights.alpha=0.5",
             "objective_weights.alpha: objective_weights=recap has ",
             "recap_code",
+        ),
+        ("advantage=gdpo shaping=overlong", "shaping=overlong: advantage=gdpo learns from the parts", "or advantage=grpo."),
+        (
+            "advantage=gdpo objective_weights=recap objective_weights.apply_to=reward",
+            "objective_weights.apply_to=reward: advantage=gdpo normalises",
+            "Write objective_weights.apply_to=advantage or loss",
         ),
         ("critic=value_model", "critic=value_model: ", "Write advantage=gae, or critic=none."),
         ("objective=gspo aggregation=token_mean", "aggregation=token_mean: ", "Write aggregation=seq_mean_token_mean."),

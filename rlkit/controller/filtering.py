@@ -38,8 +38,11 @@ def rollout_metrics(sampled: Sampled, kept: Sequence[Rollout], dropped: Counter[
         "length/max": float(lengths.max()),
         "length/frac_truncated": sum(r.finish_reason is FinishReason.length for r in rollouts) / len(rollouts),
         "group/dropped": float(dropped["group"]),
+        "data/issued": float(sampled.num_prompts),
+        "data/kept": float(len({rollout.group_id for rollout in rollouts})),
     }
     metrics |= turn_metrics(rollouts)
+    metrics |= {f"data/{name}": float(count) for name, count in sampled.counts.items()}
     statuses = Counter(rollout.status for rollout in rollouts)
     metrics |= {f"reward/{s.value}": float(statuses[s]) for s in RewardStatus if statuses[s] and s is not RewardStatus.ok}
     if kept:

@@ -151,6 +151,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             sampling=sampling,
             drawn_before=drawn_before,
             heat=lambda: config.tempering.temperature(run.progress.tempering),
+            known=lambda: run.progress.curriculum,
         )
         ahead = Lookahead(
             feed.submit,
@@ -303,6 +304,8 @@ class Run:
         else:
             self.tracker.message(f"Step {step}: no group has enough scored samples, so nothing was learnt from it.")
         self.progress.step, self.progress.prompts_drawn = step, self.progress.prompts_drawn + sampled.num_prompts
+        self.progress.curriculum = sampled.curriculum
+        metrics |= {f"data/{name}": value for name, value in self.config.curriculum.metrics(sampled.curriculum).items()}
         with clock.time("sync"):
             metrics |= self.follow()
         report = self.sync()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rlkit.config import RunConfig, choice_of
 from rlkit.controller.reweighting import reward_gains, reweighted
+from rlkit.core.advantages import RewardComponent
 from rlkit.core.aepo import Aepo, TemperedUse, TemperingState
 from rlkit.core.apo import first_advantages
 from rlkit.core.copo import answer_entropy
@@ -20,6 +22,7 @@ from rlkit.core.weights import TokenWeight
 from rlkit.data.collate import group_index, token_rewards
 from rlkit.errors import ConfigError
 from rlkit.metrics import Max, Mean, Metric, Min
+from rlkit.settings import WeightedRewards
 from rlkit.types import Rollout, TrainBatch
 
 
@@ -32,6 +35,27 @@ def shaped_rewards(config: RunConfig, rollouts: Sequence[Rollout], weights: Mapp
         if gained is not None:
             rewards[torch.arange(len(rollouts)), (lengths - 1).clamp(min=0)] += gained
     return rewards
+
+
+def reward_components(config: RunConfig, rollouts: Sequence[Rollout]) -> dict[str, RewardComponent]:
+    """The reward's named parts, in the order that they first occur in. Raises ConfigError where no rollout has any.
+
+    Stored parts have their weights in them; they are taken out, so that an estimator can normalise first and weigh then.
+    """
+    names = dict.fromkeys(name for rollout in rollouts for name in rollout.reward_components)
+    if not names:
+        raise ConfigError(
+            f"advantage={choice_of('advantage', config.advantage)}: it learns from the parts of the reward, and the reward "
+            "function gave one number without parts. Write reward=weighted with "
+            "reward.fns={right:my_rewards.py:exact,form:format}, or return a dict of named parts, or write advantage=grpo."
+        )
+    weights = config.reward.weights if isinstance(config.reward, WeightedRewards) else {}
+    found = {}
+    for name in names:
+        weight = weights.get(name, 1.0)
+        parts = [rollout.reward_components.get(name, math.nan) / weight for rollout in rollouts]
+        found[name] = RewardComponent(rewards=torch.tensor(parts, dtype=torch.float64), weight=weight)
+    return found
 
 
 def sharpened(config: RunConfig, batch: TrainBatch) -> TrainBatch:
@@ -89,7 +113,12 @@ def with_advantages(
     groups, mask = group_index(rollouts), batch.response_mask
     rewards, whole = shaped_rewards(config, rollouts, weights), slice(batch.num_rows - len(owners))
     old_values = None if batch.old_values is None else batch.old_values[whole]
-    estimate = config.advantage(token_rewards=rewards[whole], response_mask=mask[whole], group_ids=groups[whole], values=old_values)
+    components = {}
+    if "reward_components" in config.advantage.needs:
+        components["reward_components"] = reward_components(config, rollouts[whole])
+    estimate = config.advantage(
+        token_rewards=rewards[whole], response_mask=mask[whole], group_ids=groups[whole], values=old_values, **components
+    )
     advantages, metrics = estimate.advantages, {}
     if owners:
         of_episode = first_advantages(advantages, mask[whole])[torch.tensor(owners)]
