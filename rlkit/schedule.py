@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlkit.config import RunConfig, choice_of, to_yaml
 from rlkit.core.references import MovingReference
-from rlkit.settings import Dtype, HeldOut
+from rlkit.settings import Dtype, HeldOut, MultiTurn, RewardSettings
 
 MIB = 2**20
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
@@ -70,8 +70,12 @@ def _workers(config: RunConfig) -> str:
     workers = [
         f"{_count(config.rollout.num_engines, 'engine')} ({choice_of('rollout', config.rollout)})",
         _count(config.learner.num_ranks, "learner rank"),
-        _count(config.reward.num_workers * len(config.reward.functions), "reward process", "reward processes"),
     ]
+    if isinstance(config.reward, RewardSettings):
+        workers.append(_count(config.reward.num_workers * len(config.reward.functions), "reward process", "reward processes"))
+    if isinstance(config.environment, MultiTurn):
+        at_once = min(config.environment.max_episodes_at_once, config.samples_per_step)
+        workers.append(f"up to {_count(at_once, 'environment process', 'environment processes')}")
     if "ref_logprobs" in config.needs:
         workers.append("1 reference")
     return f"{', '.join(workers)}; cluster={choice_of('cluster', config.cluster)}, placement={config.placement.name}"
