@@ -119,6 +119,7 @@ from rlkit.settings import (
     LoraLearner,
     MixtureData,
     Model,
+    ModelReward,
     NoEvaluation,
     Optimizer,
     ParquetData,
@@ -333,7 +334,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "hf": HuggingFaceData,
         "reasoning_gym": ReasoningGymData,
     },
-    "reward": {"function": Reward, "weighted": WeightedRewards},
+    "reward": {"function": Reward, "weighted": WeightedRewards, "model": ModelReward},
     "shaping": {"none": NoShaping, "overlong": OverlongPenalty},
     "prompt_filter": {"none": NoPromptFilter, "dynamic": DynamicSampling},
     "environment": {"single_turn": SingleTurn},
@@ -587,6 +588,8 @@ def _what_to_write(key: str, group: DictConfig) -> str:
             return " Write data.files={math:math.jsonl,chat:chat.parquet}."
         case "reward.fns":
             return " Write reward.fns={accuracy:numeric_match,form:format}."
+        case "reward.path":
+            return " Write reward.path=folder-or-hub-id of a reward model; `rlkit reward fit` makes one."
         case "data.task":
             return " Write data.task=chain_sum, or another task of reasoning-gym."
         case "reference.path":

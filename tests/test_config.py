@@ -23,6 +23,7 @@ REQUIRED = {
     "data.path": "data.path=rows.jsonl",
     "data.task": "data.task=chain_sum",
     "reward.fn": "reward.fn=expressions",
+    "reward.path": "reward.path=reward-model",
 }
 REQUIRED |= {"model.path": "model.path=tiny"}
 CONTROLS = ("control", "divergence_control", "threshold_control")

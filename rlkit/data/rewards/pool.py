@@ -21,8 +21,8 @@ from rlkit.data.rewards.functions import locate
 from rlkit.data.rewards.process import WorkerDied, WorkerGrew, WorkerHung, WorkerProcess
 from rlkit.data.rewards.signatures import AUTO, RewardSignature
 from rlkit.errors import ConfigError, DataError, RewardError, RlkitError
-from rlkit.settings import BY_VALUE, OnFailure, RewardSettings
-from rlkit.types import RewardResult, RewardStatus
+from rlkit.settings import BY_VALUE, FunctionRewards, OnFailure
+from rlkit.types import Prompt, RewardResult, RewardStatus
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class RewardPool:
     def __init__(
         self,
         fn: str,
-        settings: RewardSettings,
+        settings: FunctionRewards,
         *,
         base_dir: Path,
         convention: str = AUTO,
@@ -121,6 +121,9 @@ class RewardPool:
     def missing(self, source: str, columns: Mapping[str, Any]) -> str | None:
         """The column that a row lacks, whatever its source."""
         return self.signature.missing(columns)
+
+    def start(self, prompts: Sequence[Prompt]) -> None:
+        """Its workers have run since it was opened: only they know what columns the function needs."""
 
     @property
     def worker_pids(self) -> list[int]:
