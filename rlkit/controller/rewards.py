@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from rlkit.workers.reward_model import RewardModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 def open_rewards(config: RunConfig, cluster: Cluster, *, base_dir: Path) -> Rewards:
@@ -56,6 +59,7 @@ class ModelRewards:
         self._limit = context_length(self._folder, trust_remote_code=trust)
         self._deadline_s = START_DEADLINE_S + settings.deadline_s  # of the first call, which waits for the model
         self._handle: Handle | None = None
+        self._has_failed = False  # and has said so: once is enough, metrics count the others
         separator = settings.step_separator
         if settings.kind is ModelKind.process and not self._tokenizer(separator, add_special_tokens=False)["input_ids"]:
             raise ConfigError(
@@ -83,7 +87,7 @@ class ModelRewards:
         )
         name = f"reward model ({self._setting})"
         self._handle = self._cluster.worker(
-            ("reward model", spec),
+            ("reward model", self._setting, spec),
             name,
             "rlkit.workers.reward_model:RewardModelWorker",
             spec,
@@ -127,7 +131,13 @@ class ModelRewards:
             failed(item, problem) if problem else self._result(item, text, next(scores))
             for item, text, problem in zip(items, texts, problems, strict=True)
         ]
-        if results and all(result.status is RewardStatus.error for result in results):
+        errors = [result for result in results if result.status is RewardStatus.error]
+        if errors and not self._has_failed:
+            self._has_failed = True
+            logger.warning(
+                "%s=%s failed on sample %s: %s", self._setting, self._settings.path, errors[0].sample_id, errors[0].message
+            )
+        if results and len(errors) == len(results):
             raise RewardError(
                 f"{self._setting}={self._settings.path}: none of {len(results)} samples could be scored. The first, "
                 f"{results[0].sample_id}: {results[0].message}. Write another model, or a lower max_response_tokens."

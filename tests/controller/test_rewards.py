@@ -92,12 +92,13 @@ def test_steps_earn_what_they_change_of_the_reward(random_reward_model, reductio
     assert single.earned == ()
 
 
-def test_a_text_that_does_not_fit_the_model_is_an_error_and_no_zero(random_reward_model):
+def test_a_text_that_does_not_fit_the_model_is_an_error_and_no_zero(random_reward_model, caplog):
     folder = random_reward_model(SEQUENCE)
     with opened("reward=model", f"reward.path={folder}") as rewards:
         long, short = rewards.score([item("2" * 200), item("2", number=1)])
         assert (long.reward, long.status) == (None, RewardStatus.error)
         assert long.message == "it has 205 tokens of the reward model, which has positions for 128"  # 4 + 200 + <eos>
+        assert caplog.messages == [f"reward.path={folder} failed on sample s0: {long.message}"]
         assert short.reward is not None
         assert rewards.score([item("2", number=1)])[0].reward == pytest.approx(short.reward, abs=1e-5)
         with pytest.raises(RewardError, match=r"none of 2 samples could be scored\. The first, s0: it has 205 tokens"):
@@ -193,8 +194,12 @@ def test_a_fitted_model_knows_unseen_pairs_and_a_policy_trains_with_it(tmp_path,
     fitted = fit(pairs, "tiny", tmp_path / "rm", steps=60, learning_rate=1e-3, batch_size=32, seed=0, report=lambda line: None)
     assert fitted.num_pairs + fitted.num_held_out == 1000
     assert fitted.accuracy > 0.8  # chance is 0.5, and over a hundred pairs its deviation 0.05
-    small = ["num_steps=2", "prompts_per_step=4", "group_size=4", "evaluation=none", "reward=model", f"reward.path={fitted.folder}"]
-    train(compose([*LOCAL, *small, f"run_dir={tmp_path / 'run'}"]), InProcessCluster())
+    judged = ["reward=model", f"reward.path={fitted.folder}"]
+    small = ["num_steps=2", "prompts_per_step=4", "group_size=4", "evaluation=none", f"run_dir={tmp_path / 'run'}"]
+    done = train(compose([*LOCAL, *judged, *small]), InProcessCluster())
+    few = ["evaluation.num_prompts=4", "evaluation.samples_per_prompt=2", "evaluation.ks=[1]", f"model.path={done.checkpoint}"]
+    evaluation = evaluate_checkpoint(compose([*LOCAL, *judged, *few]), InProcessCluster())
+    assert len({reward for each in evaluation.sample_rewards for reward in each}) > 2  # scores, not verdicts
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["policy/grad_norm"] > 0 and row["reward/std"] > 0 for row in steps if "reward/mean" in row)
     rows = pq.read_table(tmp_path / "run" / "rollouts" / "step_000002.parquet").to_pylist()
@@ -202,7 +207,7 @@ def test_a_fitted_model_knows_unseen_pairs_and_a_policy_trains_with_it(tmp_path,
     tokenizer, folder = load_tokenizer(str(fitted.folder)), str(fitted.folder)
     model = RewardModel.load(folder, ModelKind.outcome, dtype=torch.float32)
     for row in rows:
-        prompt = tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+        prompt = str(tokenizer.decode(row["prompt_ids"], skip_special_tokens=True))
         (score,) = model.score([encode(tokenizer, prompt, row["text"], label="")], tokens_per_microbatch=999, max_rows=1)
         assert row["status"] == "ok"
         assert row["reward"] == pytest.approx(float(score[0]), abs=1e-4)

@@ -42,9 +42,15 @@ def find_reward_model(path: str, kind: ModelKind, *, key: str, trust_remote_code
         folder = resolve(path, key=key)
     except ConfigError:
         raise ConfigError(
-            f"{key}={path}: no config.json there. Write the folder of a reward model, such as `rlkit reward fit` makes, or a hub id."
+            f"{key}={path}: no config.json there. Write a reward model's folder, such as `rlkit reward fit` makes, or a hub id."
         ) from None
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:  # also for a model with code of its own, which is not trusted
+        raise ConfigError(
+            f"{key}={path}: transformers cannot read its config.json ({str(error).splitlines()[0]}). Write another model, or where "
+            "it needs its own code, reward.trust_remote_code=true."
+        ) from error
     architecture = next(iter(config.architectures or ()), "no architecture")
     head, labels = HEADS[kind], LABELS[kind]
     if not architecture.endswith(head):

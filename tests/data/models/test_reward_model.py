@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -63,6 +65,18 @@ def test_no_split_into_batches_changes_an_outcome_score_from_a_direct_forward_pa
     expected = [direct(input_ids=torch.tensor([text.ids])).logits[0].detach().numpy() for text in texts]
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     assert np.std(expected) > 0.01  # they could differ
+
+
+def test_a_model_that_attends_both_ways_does_not_see_padding(tmp_path):
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=96)
+    config.num_labels, config.initializer_range = 1, 0.2
+    torch.manual_seed(0)
+    direct = BertForSequenceClassification(config).eval()
+    direct.save_pretrained(tmp_path)
+    model = RewardModel.load(str(tmp_path), ModelKind.outcome, dtype=torch.float32)
+    scores = model.score(ragged(), tokens_per_microbatch=9999, max_rows=64)
+    expected = [direct(input_ids=torch.tensor([text.ids])).logits[0].detach().numpy() for text in ragged()]
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
 def test_without_a_token_for_padding_rows_are_scored_one_by_one(random_reward_model, tmp_path):
@@ -174,7 +188,7 @@ def test_what_is_no_reward_model_of_the_kind_is_refused_by_its_files(random_rewa
     assert find_reward_model(outcome, ModelKind.outcome, key="reward.path") == outcome
     assert find_reward_model(process, ModelKind.process, key="reward.path") == process
     assert refused("nowhere/at/all", "outcome").startswith(
-        "reward.path=nowhere/at/all: no config.json there. Write the folder of a re"
+        "reward.path=nowhere/at/all: no config.json there. Write a reward model's fold"
     )
     assert "its config.json names LlamaForCausalLM, which has no head for kind=outcome: write a folder" in refused(
         "tiny", "outcome"
@@ -190,6 +204,13 @@ def test_what_is_no_reward_model_of_the_kind_is_refused_by_its_files(random_rewa
     assert refused(three, "process").startswith(
         f"reward.path={three}: its head has 3 labels, and a model of kind=process has 1 or 2."
     )
+
+
+def test_a_config_that_transformers_does_not_know_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "strange"}')
+    sentence = refused(str(tmp_path), "outcome")
+    assert "transformers cannot read its config.json (The checkpoint you are trying to load has model type `strange`" in sentence
+    assert sentence.endswith("or where it needs its own code, reward.trust_remote_code=true.")
 
 
 def test_weights_without_a_head_are_refused_by_their_names(random_model, random_reward_model, tmp_path):
