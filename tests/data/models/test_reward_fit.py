@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlkit.data.models.loading import load_tokenizer, resolve
-from rlkit.data.models.reward_fit import fit, read_pairs, split
+from rlkit.data.models.reward_fit import _pair, fit, read_pairs, split
 from rlkit.data.models.reward_model import encode
 from rlkit.errors import ConfigError, DataError
 
@@ -54,6 +54,28 @@ def test_pairs_are_in_the_tokens_that_scoring_uses(tmp_path):
     (pair,) = read_pairs(write(tmp_path / "pairs.jsonl", GOOD), tokenizer, limit=None)
     assert pair.chosen == encode(tokenizer, GOOD["prompt"], GOOD["chosen"], label="")
     assert pair.rejected == encode(tokenizer, GOOD["prompt"], GOOD["rejected"], label="")
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_pairs_are_in_the_tokens_that_trl_would_have_made(tmp_path, is_chat):
+    from datasets import Dataset
+    from trl.trainer.reward_config import RewardConfig
+    from trl.trainer.reward_trainer import RewardTrainer
+
+    tokenizer: Any = load_tokenizer(resolve("tiny"))
+    row: dict[str, Any] = GOOD
+    if is_chat:
+        tokenizer.chat_template = "{% for m in messages %}{{ '=' if m.role == 'user' else ':' }}{{ m.content }}{% endfor %}"
+        said = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        row = {column: [{"role": role, "content": GOOD[column]}] for column, role in said.items()}
+        by_text = _pair(row | {"chosen": GOOD["chosen"]}, tokenizer, label="", limit=None)
+        assert by_text == _pair(row, tokenizer, label="", limit=None)
+    settings = RewardConfig(output_dir=str(tmp_path), max_length=None, use_cpu=True, bf16=False)
+    trainer: Any = None  # of which the preparation asks nothing
+    prepared: Any = RewardTrainer._prepare_dataset(trainer, Dataset.from_list([row]), tokenizer, settings, "train")
+    pair = _pair(row, tokenizer, label="", limit=None)
+    assert [*pair.chosen.ids] == prepared[0]["chosen_ids"]
+    assert [*pair.rejected.ids] == prepared[0]["rejected_ids"]
 
 
 def test_no_prompt_is_on_both_sides_and_the_order_of_rows_moves_none(tmp_path):
