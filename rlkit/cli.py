@@ -287,12 +287,12 @@ def resumed_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
 
 def rehearse(config: RunConfig) -> None:
     """`dry_run=true`: everything short of starting a worker. The model's files, the reward function and every row are looked at."""
+    from rlkit.controller.episodes import open_environment, read_prompts
     from rlkit.controller.local import InProcessCluster
     from rlkit.controller.rewards import open_rewards
     from rlkit.data.models.loading import load_tokenizer, num_parameters, resolve
     from rlkit.data.models.lora import num_adapter_parameters
     from rlkit.data.models.reference import check_reference, held_models
-    from rlkit.data.prompts import load_prompts
     from rlkit.schedule import schedule
     from rlkit.settings import LoraLearner
 
@@ -303,8 +303,9 @@ def rehearse(config: RunConfig) -> None:
     judging = sum(num_parameters(resolve(path, key=key)) for key, path in config.reward.model_paths.items())
     print(schedule(config, num_parameters(folder), adapters, scored, judging))
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-    with open_rewards(config, InProcessCluster(), base_dir=Path.cwd()) as rewards:  # of which nobody asks a worker
-        prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, missing=rewards.missing)
+    base_dir, nobody = Path.cwd(), InProcessCluster()  # of which no worker is asked for
+    with open_rewards(config, nobody, base_dir=base_dir) as rewards, open_environment(config, base_dir=base_dir) as environment:
+        prompts = read_prompts(config, tokenizer, rewards, environment)
     print(f"{len(prompts.train):,} prompts to train on, {len(prompts.held_out):,} held out. Nothing was started: dry_run=true.")
 
 

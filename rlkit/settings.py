@@ -374,6 +374,11 @@ class ModelReward(RewardSettings):
         )
 
 
+@dataclass(kw_only=True, slots=True)
+class EnvironmentReward(RewardSettings):
+    """What the environment gives for each turn, and nothing else."""
+
+
 def _known_convention(key: str, value: str) -> tuple[bool, str]:
     return value in ("auto", *CONVENTIONS), f"{key}={value}: no such convention. Write auto or one of {', '.join(CONVENTIONS)}."
 
@@ -386,6 +391,133 @@ class Environment:
 @dataclass(kw_only=True, slots=True)
 class SingleTurn(Environment):
     """One prompt, one response."""
+
+
+class Role(Enum):
+    """Of an observation, in a chat template."""
+
+    user = "user"
+    tool = "tool"
+
+
+@dataclass(kw_only=True, slots=True)
+class MultiTurn(Environment):
+    """Base of the environments that answer the policy. All turns and observations of an episode share max_response_tokens."""
+
+    max_turns: int = 8  # of the policy, in an episode
+    max_turn_tokens: int | None = None  # of one turn of the policy; null: what is left of max_response_tokens
+    max_observation_tokens: int = 512  # a longer observation is cut, and counted
+    observation_role: Role = Role.user  # of an observation where the prompt is chat; plain text has no roles
+    timeout_s: float = 10.0  # wall clock per turn; the episode is killed at it, and not trained on
+    max_calls_at_once: int = 8  # turns that the environment works on together; more for one that waits for other services
+    max_episodes_at_once: int = 1024  # each in a process of its own
+    max_worker_mib: int = 4096  # of memory, per episode
+    max_error_rate: float = 0.2  # above it, over the last 200 episodes, the run stops
+    unsafe_allow_unsandboxed: bool = False  # programs that the model wrote may run without bubblewrap, where there is none
+
+    @property
+    def entry(self) -> str:
+        """Where its class is: file.py:Class or package.module:Class."""
+        raise NotImplementedError
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """That its class is made with."""
+        raise NotImplementedError
+
+    def __post_init__(self):
+        turn, limit, rate = self.max_turn_tokens, self.timeout_s, self.max_error_rate
+        require(
+            (self.max_turns >= 1, f"environment.max_turns={self.max_turns}: the policy has no turn. Write 1 or more; 8 is usual."),
+            (turn is None or turn >= 1, f"environment.max_turn_tokens={turn}: no token at all. Write 1 or more, or null."),
+            (
+                self.max_observation_tokens >= 1,
+                f"environment.max_observation_tokens={self.max_observation_tokens}: nothing can be observed. Write 1 or more.",
+            ),
+            (0 < limit < math.inf, f"environment.timeout_s={limit}: no time to answer. Write seconds above 0; 10 is usual."),
+            (
+                self.max_calls_at_once >= 1,
+                f"environment.max_calls_at_once={self.max_calls_at_once}: no call at all. Write 1 or more; 8 is usual.",
+            ),
+            (
+                self.max_episodes_at_once >= 1,
+                f"environment.max_episodes_at_once={self.max_episodes_at_once}: no episode at all. Write 1 or more; 1024 is usual.",
+            ),
+            (
+                self.max_worker_mib >= 64,
+                f"environment.max_worker_mib={self.max_worker_mib}: Python alone takes more. Write 64 or more; 4096 is usual.",
+            ),
+            (0 <= rate <= 1, f"environment.max_error_rate={rate}: not a share. Write a number in [0, 1]; 0.2 is usual."),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class PythonEnvironment(MultiTurn):
+    """A class of your own with `reset` and `step`."""
+
+    env: str = MISSING  # `file.py:Class` or `package.module:Class`
+    options: dict[str, Any] = field(default_factory=dict)  # passed to the class
+
+    @property
+    def entry(self) -> str:
+        return self.env
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return self.options
+
+
+class CallFormat(Enum):
+    """How the policy calls a tool."""
+
+    hermes = "hermes"  # JSON between <tool_call> and </tool_call>; a turn without a call is the answer
+    bare = "bare"  # each turn is the argument of the only tool; an empty turn, or the last, ends the episode
+
+
+@dataclass(kw_only=True, slots=True)
+class ToolEnvironment(MultiTurn):
+    """Python functions that the policy may call before it answers; the reward function judges the answer."""
+
+    observation_role: Role = Role.tool
+    tools: list[str] = field(default_factory=lambda: ["calculator", "python"])  # these two, or `file.py:function`
+    call_format: CallFormat = CallFormat.hermes
+
+    @property
+    def entry(self) -> str:
+        return "rlkit.data.environments.tools:Tools"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"functions": list(self.tools), "call_format": self.call_format.value, "max_turns": self.max_turns}
+
+    def __post_init__(self):
+        MultiTurn.__post_init__(self)
+        bare = self.call_format is CallFormat.bare
+        require(
+            (bool(self.tools), "environment.tools=[]: nothing to call. Write environment.tools=[calculator,my_tools.py:search]."),
+            (
+                not bare or len(self.tools) == 1,
+                f"environment.call_format=bare: a turn does not say which of {len(self.tools)} tools it calls. Write one tool, "
+                "or environment.call_format=hermes.",
+            ),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class GuessingGame(MultiTurn):
+    """The policy guesses the row's `secret` number and hears whether it is higher or lower; 1 for the right guess, else 0."""
+
+    max_turns: int = 4
+    higher: str = "higher"  # what it hears when the secret number is
+    lower: str = "lower"
+
+    @property
+    def entry(self) -> str:
+        return "rlkit.data.environments.guessing:Guessing"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"higher": self.higher, "lower": self.lower}
 
 
 @dataclass(kw_only=True, slots=True)

@@ -81,6 +81,7 @@ class SampleRequest:
     sample_id: str
     prompt_ids: tuple[int, ...]
     seed: int
+    max_tokens: int | None = None  # of this response, where that is less than the sampling's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,12 +132,13 @@ class Rollout:
     turn_index: np.ndarray  # [T] int64
     origin: np.ndarray  # [T] int64, values of `Origin`
     token_rewards: np.ndarray  # [T] float32; an outcome reward sits on the last token
-    text: str
+    text: str  # the answer, as a reward function judges it
     finish_reason: FinishReason
     reward: float | None
     reward_components: dict[str, float]
     status: RewardStatus
     ref_version: int | None = None  # of the reference whose log-probs are attached, if any are
+    transcript: tuple[dict[str, Any], ...] | None = None  # who said what, where there are turns: role, content, a turn's reward
     num_uses: int = 0  # optimiser steps that have trained on it
 
 

@@ -22,15 +22,29 @@ class Ticket:
     done: dict[str, Completion] = field(default_factory=dict)
     failure: BaseException | None = None
 
+    @property
+    def is_complete(self) -> bool:
+        return len(self.done) == len(self.sample_ids)
+
     def result(self) -> list[Completion]:
         """In the order of the requests. Raises what an engine raised."""
         with self.changed:
             # With a time limit, because a wait without one cannot be interrupted by a signal.
-            while self.failure is None and len(self.done) < len(self.sample_ids):
+            while self.failure is None and not self.is_complete:
                 self.changed.wait(timeout=1.0)
             if self.failure is not None:
                 raise self.failure
         return [self.done[sample_id] for sample_id in self.sample_ids]
+
+
+def first_complete(tickets: Sequence[Ticket]) -> list[Ticket]:
+    """Those of one dispatcher's that are complete, once any is. Raises what an engine raised."""
+    with (changed := tickets[0].changed):
+        while not (complete := [ticket for ticket in tickets if ticket.is_complete]):
+            if (failure := next((ticket.failure for ticket in tickets if ticket.failure is not None), None)) is not None:
+                raise failure
+            changed.wait(timeout=1.0)  # see `Ticket.result`
+    return complete
 
 
 class Dispatcher:
@@ -119,7 +133,7 @@ class Dispatcher:
             for completion in completions:
                 ticket = under_way.pop(completion.sample_id)
                 ticket.done[completion.sample_id] = completion
-                if len(ticket.done) == len(ticket.sample_ids):
+                if ticket.is_complete:
                     self._tickets.remove(ticket)
             self._changed.notify_all()
 

@@ -84,6 +84,11 @@ class Engines:
             self._deadline_s,
         )
 
+    @property
+    def takes_singly(self) -> bool:
+        """Whether each sample goes to whichever engine has room, and comes back as soon as it is done."""
+        return self._dispatcher is not None
+
     def paused(self) -> AbstractContextManager[None]:
         """Within, no engine samples: it might hold weights that are not proved yet."""
         return nullcontext() if self._dispatcher is None else self._dispatcher.paused()

@@ -25,6 +25,7 @@ from rlkit.controller.checkpoint import (
 )
 from rlkit.controller.clock import Clock
 from rlkit.controller.cluster import Cluster
+from rlkit.controller.episodes import make_sampler, open_environment, read_prompts
 from rlkit.controller.evaluate import Evaluation, evaluate, gain
 from rlkit.controller.feed import Feed
 from rlkit.controller.filtering import rollout_metrics, trainable
@@ -55,6 +56,7 @@ from rlkit.controller.sampling import Sampled, Sampler
 from rlkit.controller.tracking import Tracker
 from rlkit.controller.turns import ByTurns, SideBySide
 from rlkit.core.aepo import Aepo
+from rlkit.core.apo import first_advantages
 from rlkit.core.divergences import FDivergence, Penalty
 from rlkit.core.loss import Knobs
 from rlkit.core.recap import SUPERVISED
@@ -66,7 +68,7 @@ from rlkit.data.models.loading import context_length, load_tokenizer, resolve, s
 from rlkit.data.models.lora import adapted_shapes
 from rlkit.data.models.reference import check_reference
 from rlkit.data.order import order_of
-from rlkit.data.prompts import PromptSet, load_prompts
+from rlkit.data.prompts import PromptSet
 from rlkit.errors import ConfigError, Preempted, ResourceError, WorkerError
 from rlkit.metrics import Metric, merge, values
 from rlkit.settings import ExistingRay, HeldOut, LoraLearner, Placement
@@ -104,7 +106,8 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
     stops = stop_token_ids(folder, tokenizer)
     with ExitStack() as stack:
         rewards = stack.enter_context(open_rewards(config, cluster, base_dir=Path.cwd()))
-        prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.max_prompt_tokens, missing=rewards.missing)
+        environment = stack.enter_context(open_environment(config, base_dir=Path.cwd()))
+        prompts = read_prompts(config, tokenizer, rewards, environment)
         fingerprint = prompts.fingerprint()
         found, passed_over = newest_valid(run_dir) if resume else (None, [])
         progress = Progress.start(config)
@@ -132,7 +135,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         buffer = open_buffer(config)
         if found is not None and buffer is not None:
             restore_buffer(found.folder, buffer)
-        sampler = Sampler(engines=engines, rewards=rewards, tokenizer=tokenizer, seed=config.seed)
+        sampler = make_sampler(config, engines, rewards, tokenizer, environment)
         sampling = config.sampling(stops)
         answers = base_answers(config, run_dir, prompts, sampler, sampling, learner, is_new=found is None)
         explored = prompts if answers is None else replace(prompts, train=answers.explored(prompts.train))
@@ -277,7 +280,7 @@ class Run:
         with self.preemption.interruptible(), clock.time("wait"):
             sampled = self.ahead.take(step)
         if not self.config.max_staleness:  # then the wait was for these two
-            clock.split("wait", generate=sampled.generate_s, reward=sampled.reward_s)
+            clock.split("wait", generate=sampled.generate_s, reward=sampled.reward_s, environment=sampled.environment_s)
         at_least = 2 if self.config.compares_groups else 1
         rollouts, dropped = trainable(sampled.rollouts, at_least=at_least)
         tempered = trainable(sampled.tempered, at_least=at_least)[0] if sampled.tempered else []
@@ -289,7 +292,7 @@ class Run:
                 batch, prepared = self.prepare(chosen.fresh, tempered, chosen.stored)
             sampled = replace(sampled, rollouts=with_reference(sampled.rollouts, batch))
             metrics |= self.probe(step, chosen.fresh)
-            advantages = dict(zip(batch.sample_ids, batch.advantages[:, 0].tolist(), strict=True))
+            advantages = dict(zip(batch.sample_ids, first_advantages(batch.advantages, batch.response_mask).tolist(), strict=True))
             batch = self.with_answers(step, batch)
             with clock.time("learn"):
                 metrics |= prepared | self.learn(step, batch) | self.progress.coefficients.metrics(self.config)

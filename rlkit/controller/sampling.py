@@ -33,6 +33,7 @@ class Sampled:
     generate_s: float
     reward_s: float
     num_prompts: int  # drawn for it
+    environment_s: float = 0.0  # that the environment took between the turns
     tempered: Sequence[Rollout] = ()  # further samples of some of its prompts, at another temperature
 
     @classmethod
@@ -67,6 +68,7 @@ class Sampler:
 
     def collect(self, submitted: Submitted) -> Sampled:
         """Wait for the responses and score them. Raises RewardError when too many rewards fail."""
+        assert submitted.generation is not None  # of `submit`
         completions = submitted.generation.result()
         generated = time.monotonic()
         # Special tokens end a response; they are no part of the answer that a reward function reads.
@@ -117,5 +119,5 @@ class Submitted:
     """Responses under way, and whose they are."""
 
     owners: list[Prompt]
-    generation: Generation | Ticket
+    generation: Generation | Ticket | None  # None: there are turns, see `episodes.py`
     started: float

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+from rlkit.data.environments.history import render
 from rlkit.data.sources import Row, Source, column_names, read
 from rlkit.errors import ConfigError, DataError
 from rlkit.settings import BadRow, Data, TableData
@@ -48,13 +49,18 @@ Missing = Callable[[str, Mapping[str, Any]], str | None]
 
 
 def load_prompts(
-    settings: Data, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int, missing: Missing = lambda source, columns: None
+    settings: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int,
+    missing: Missing = lambda source, columns: None,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> PromptSet:
-    """Reads, checks and tokenises the data. `missing`: what the reward function says of a row.
+    """Reads, checks and tokenises the data. `missing`: what the reward function says of a row. `tools`: that chat prompts name.
 
     Raises DataError with up to ten of the rows that cannot be used; under `data.on_bad_row=drop` only if none is left.
     """
-    source = read(settings)
+    source = replace(read(settings), tools=tuple(tools))
     _check_template(source, tokenizer)
     train, train_offenders = _prompts(source, source.train, tokenizer, max_prompt_tokens, missing, prefix="")
     offenders = train_offenders
@@ -235,7 +241,7 @@ def _render(source: Source, row: Row, tokenizer: PreTrainedTokenizerBase) -> str
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(_messages(source, row), tokenize=False, add_generation_prompt=True))
+        return render(tokenizer, _messages(source, row), source.tools)
     except TemplateError as error:
         raise DataError(
             f"data {source.name}: {row.label}: the model's chat template refuses its messages ({error}). "

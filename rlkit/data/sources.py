@@ -48,6 +48,7 @@ class Source:
     source_column: str | None = None  # None: `name` is the source of every row
     chat: bool = False
     system_prompt: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()  # that its chat prompts name
 
 
 def read(settings: Data) -> Source:

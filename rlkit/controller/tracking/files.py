@@ -38,6 +38,7 @@ _ROLLOUT_SCHEMA = pa.schema(
         "prompt_ids": _TOKENS,
         "response_ids": _TOKENS,
         "text": pa.string(),
+        "transcript": pa.string(),  # a JSON list
         "finish_reason": pa.string(),
         "status": pa.string(),
         "reward": pa.float64(),
@@ -162,6 +163,7 @@ def read_rollouts(path: Path) -> list[Rollout]:
                     "finish_reason": FinishReason[row["finish_reason"]],
                     "status": RewardStatus[row["status"]],
                     "reward_components": json.loads(row["reward_components"]),
+                    "transcript": None if row["transcript"] is None else tuple(json.loads(row["transcript"])),
                 }
             )
         )
@@ -197,6 +199,7 @@ def _row(rollout: Rollout, advantage: float) -> dict[str, Any]:
         "finish_reason": rollout.finish_reason.name,
         "status": rollout.status.name,
         "reward_components": json.dumps(rollout.reward_components),
+        "transcript": None if rollout.transcript is None else json.dumps(rollout.transcript),
         "advantage": advantage if math.isfinite(advantage) else None,
     }
 

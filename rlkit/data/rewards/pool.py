@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from rlkit.data.processes.budget import ErrorBudget
+from rlkit.data.processes.channel import Unsendable, plain
 from rlkit.data.rewards.functions import locate
 from rlkit.data.rewards.process import WorkerDied, WorkerGrew, WorkerHung, WorkerProcess
 from rlkit.data.rewards.signatures import AUTO, RewardSignature
@@ -27,8 +29,6 @@ from rlkit.types import Prompt, RewardResult, RewardStatus
 logger = logging.getLogger(__name__)
 
 START_LIMIT_S = 60.0  # to start Python and import the function
-ERROR_WINDOW = 200  # samples over which `reward.max_error_rate` is judged
-MIN_ALL_FAILED = 8  # a function that failed on all of its first samples is not waited for any longer
 MAX_ATTEMPTS = 2  # at a call, and at replacing a worker, when the worker dies of it
 CHUNK_S = 0.05  # work sent in one message: enough to hide its cost, little enough to share out evenly
 MAX_CHUNK = 256
@@ -97,9 +97,12 @@ class RewardPool:
         self._closed = False
         self._next_call_at = 0.0  # by `reward.max_calls_per_s`
         self._call_s = CHUNK_S / 8  # a running mean of how long a call takes
-        self._recent: deque[bool] = deque(maxlen=ERROR_WINDOW)  # True: failed
-        self._num_seen = self._num_failed = 0
-        self._first_failure = ""
+        self._budget = ErrorBudget(
+            f"reward.fn={fn}",
+            key="reward.max_error_rate",
+            limit=settings.max_error_rate,
+            fix="Fix the function, or let it return None for a sample it cannot judge.",
+        )
         self._num_ready = 0
         # A thread per worker, for the worker's whole life: the kernel kills a worker when its thread ends.
         self._threads = [threading.Thread(target=self._serve, args=(slot,), daemon=True) for slot in range(settings.num_workers)]
@@ -187,12 +190,9 @@ class RewardPool:
             members = [items[position] for position in positions]
             rows = [self.signature.select(item.columns) for item in members]
             columns = {
-                name: [_plain(row.get(name), name, item.sample_id) for row, item in zip(rows, members, strict=True)]
-                for name in rows[0]
+                name: [_sent(row.get(name), name, item) for row, item in zip(rows, members, strict=True)] for name in rows[0]
             }
-            fields = {
-                name: [_plain(getattr(item, name), name, item.sample_id) for item in members] for name in self.signature.fields
-            }
+            fields = {name: [_sent(getattr(item, name), name, item) for item in members] for name in self.signature.fields}
             message = fields | {"columns": columns}
             calls.append(_Call(job=job, positions=positions, sample_ids=[item.sample_id for item in members], message=message))
         return calls
@@ -336,12 +336,13 @@ class RewardPool:
             return
         details = next((answer[kind]["traceback"] for kind in ("error", "timeout") if kind in answer), "")
         stopping = next((result for result in results if self._policy(result) is OnFailure.stop), None)
+        failure = None if stopping is None else self._stop(stopping)
         with self._changed:
             for position, result in zip(call.positions, results, strict=True):
                 call.job.results[position] = result
-                self._count(result, details)
+                failed = result.message if result.status in (RewardStatus.error, RewardStatus.timeout) else ""
+                failure = self._budget.count(result.sample_id, failed, details) or failure
             call.job.num_left -= len(results)
-            failure = self._judge() if stopping is None else self._stop(stopping)
             # A failure, this or an earlier one, ends the job in `_fail`, and `close` ends it too.
             is_done = failure is None and call.job.num_left == 0 and call.job in self._jobs
             if is_done:
@@ -364,28 +365,6 @@ class RewardPool:
         return RewardError(
             f"reward.fn={self._fn}: sample {result.sample_id}: {result.message}. reward.on_{result.status.value}=stop "
             "ends the run; fix the function, or write mask."
-        )
-
-    def _count(self, result: RewardResult, details: str) -> None:
-        failed = result.status in (RewardStatus.error, RewardStatus.timeout)
-        self._recent.append(failed)
-        self._num_seen += 1
-        self._num_failed += failed
-        if failed and not self._first_failure:
-            self._first_failure = f"sample {result.sample_id}: {result.message}"
-            logger.warning("reward.fn=%s failed on %s%s", self._fn, self._first_failure, details and f"\n{details}")
-
-    def _judge(self) -> RewardError | None:
-        """Before the window is full, only a count that no later success could make acceptable counts, or nothing but failures."""
-        num_failed = sum(self._recent)
-        limit = self._settings.max_error_rate
-        hopeless = self._num_failed == self._num_seen >= MIN_ALL_FAILED and limit < 1
-        if num_failed <= limit * ERROR_WINDOW and not hopeless:
-            return None
-        return RewardError(
-            f"reward.fn={self._fn}: {num_failed} of the last {len(self._recent)} samples failed, more than "
-            f"reward.max_error_rate={limit:g} of {ERROR_WINDOW} allows. The first was {self._first_failure}. "
-            f"Fix the function, or let it return None for a sample it cannot judge."
         )
 
     def _fail(self, failure: RlkitError) -> None:
@@ -428,19 +407,12 @@ def _read_answer(call: _Call, answer: Mapping[str, Any]) -> list[RewardResult]:
     return results
 
 
-def _plain(value: Any, column: str, sample_id: str) -> Any:
-    """`value` as JSON can carry it. Raises DataError."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    elif isinstance(value, np.ndarray):
-        value = value.tolist()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(part, column, sample_id) for part in value]
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _plain(part, column, sample_id) for key, part in value.items()}
-    raise DataError(
-        f"column {column} of sample {sample_id} holds a {type(value).__name__}, which cannot be sent to a reward function. "
-        f"Store it as text or numbers; or name the columns that the function needs as its arguments, without **columns."
-    )
+def _sent(value: Any, column: str, item: RewardItem) -> Any:
+    """As JSON can carry it. Raises DataError."""
+    try:
+        return plain(value)
+    except Unsendable as kind:
+        raise DataError(
+            f"column {column} of sample {item.sample_id} holds {kind}, which cannot be sent to a reward function. "
+            f"Store it as text or numbers; or name the columns that the function needs as its arguments, without **columns."
+        ) from None

@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlkit.data.rewards.messages import Channel
+from rlkit.data.processes.channel import Channel
+from rlkit.data.processes.user_code import memory_mib
 from rlkit.data.rewards.signatures import RewardSignature
 from rlkit.data.sandbox.run import UNSAFE
 from rlkit.errors import ConfigError, RewardError
@@ -123,12 +124,8 @@ class WorkerProcess:
                     yield message
 
     def memory_mib(self) -> float:
-        """Of the worker itself: what it starts is bound by limits of its own. 0 where the system does not say."""
-        try:
-            pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        except (FileNotFoundError, IndexError):  # another system, or it has just ended
-            return 0.0
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        """Of the worker itself: what it starts is bound by limits of its own."""
+        return memory_mib(self.pid)
 
     def _check_memory(self) -> None:
         if (mib := self.memory_mib()) > self._max_mib:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.data.rewards.signatures import AUTO
 from rlkit.errors import ConfigError
-from rlkit.settings import Reward, RewardSettings, WeightedRewards
+from rlkit.settings import EnvironmentReward, Reward, RewardSettings, WeightedRewards
 from rlkit.types import Prompt, RewardResult, RewardStatus
 
 # Where functions disagree about a sample: what kept it from being scored comes first, then what was found wrong with it.
@@ -75,10 +75,31 @@ def open_functions(settings: RewardSettings, *, base_dir: Path, models: Mapping[
     match settings:
         case WeightedRewards():
             return WeightedPools(settings, base_dir=base_dir, models=models or {})
+        case EnvironmentReward():
+            return NoFunction()
         case Reward():
             return RewardPool(settings.fn, settings, base_dir=base_dir, convention=settings.signature)
         case _:
             raise ConfigError(f"reward={type(settings).__name__}: rlkit/data/rewards/weighted.py cannot open it. Add it there.")
+
+
+class NoFunction:
+    """Implements `Rewards` where the environment gives all that there is."""
+
+    def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
+        return [RewardResult(sample_id=item.sample_id, status=RewardStatus.ok, reward=0.0) for item in items]
+
+    def missing(self, source: str, columns: Mapping[str, Any]) -> str | None:
+        return None
+
+    def start(self, prompts: Sequence[Prompt]) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> NoFunction:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class WeightedPools:

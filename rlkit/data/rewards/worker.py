@@ -7,26 +7,23 @@ failure means is decided by the pool.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import inspect
 import math
 import os
-import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rlkit.data.processes.channel import Channel
+from rlkit.data.processes.user_code import describe, die_with, show
 from rlkit.data.rewards.functions import load, locate
-from rlkit.data.rewards.messages import Channel
 from rlkit.data.rewards.signatures import caller
 from rlkit.data.rewards.verdicts import Verdict
 from rlkit.errors import ConfigError
 
-TRACEBACK_LINES = 8
 Answerer = Callable[[dict[str, Any]], Any]  # a call -> one value per completion, or an awaitable of it
 
 
@@ -38,7 +35,7 @@ def main(arguments: list[str]) -> None:
         Path(arguments[3]),
         arguments[4],
     )
-    _die_with(parent_pid)
+    die_with(parent_pid)
     os.set_inheritable(fd, False)  # a program that the function starts must not hold the channel open
     channel = Channel(socket.socket(fileno=fd))
     try:
@@ -47,7 +44,7 @@ def main(arguments: list[str]) -> None:
         channel.send({"config_error": str(error)})
         return
     except BaseException as error:  # whatever user code raises while it is imported, SystemExit included
-        channel.send({"import_error": _describe(error)})
+        channel.send({"import_error": describe(error)})
         return
     channel.send({"signature": asdict(signature)})
     answer = caller(function, signature)
@@ -72,7 +69,7 @@ def _answer_in_turn(answer: Answerer, calls: list[dict[str, Any]], runner: async
                 returned = runner.run(_wait_for(returned))
             found = _read(returned, call)
         except BaseException as error:  # a function that calls sys.exit failed on this sample, not on the run
-            found = {"error": _describe(error)}
+            found = {"error": describe(error)}
         channel.send({"end": index, **found})
         if channel.has_input():  # a recall, or the end: the rest is wanted no more
             break
@@ -88,7 +85,7 @@ async def _answer_together(answer: Answerer, calls: list[dict[str, Any]], limit_
         except TimeoutError:
             return {"timeout": {"summary": f"no answer within reward.timeout_s={limit_s:g}", "traceback": ""}}
         except Exception as error:
-            return {"error": _describe(error)}
+            return {"error": describe(error)}
 
     return await asyncio.gather(*map(of_one, calls))
 
@@ -104,19 +101,10 @@ def _read(returned: Any, call: dict[str, Any]) -> dict[str, Any]:
         returned = returned.tolist()
     expected = f"a list of {num_completions} numbers or None, one per completion"
     if not isinstance(returned, list | tuple):
-        return {"contract": f"returned {_show(returned)}, not {expected}"}
+        return {"contract": f"returned {show(returned)}, not {expected}"}
     if len(returned) != num_completions:
         return {"contract": f"returned a list of {len(returned)}, not {expected}"}
     return {"values": [_check(value) for value in returned]}
-
-
-def _die_with(parent_pid: int) -> None:
-    """The kernel kills this process when the thread that started it ends, even by SIGKILL."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it was gone before the line above
-        os._exit(1)
 
 
 def _check(value: Any) -> dict[str, Any]:
@@ -131,7 +119,7 @@ def _check(value: Any) -> dict[str, Any]:
 def _check_parts(value: dict[Any, Any]) -> dict[str, Any]:
     """Named parts of a reward, which is their sum."""
     if not value or not all(isinstance(name, str) and name for name in value):
-        return {"problem": f"returned {_show(value)}, whose keys are not names"}
+        return {"problem": f"returned {show(value)}, whose keys are not names"}
     parts = {}
     for name, part in value.items():
         found = {"problem": "returned None"} if part is None else _check_number(part)
@@ -146,9 +134,9 @@ def _check_number(value: Any) -> dict[str, Any]:
         try:
             value = value.item()
         except Exception as error:
-            return {"problem": f"returned {_show(value)}: {error}"}
+            return {"problem": f"returned {show(value)}: {error}"}
     if not isinstance(value, bool | int | float):
-        return {"problem": f"returned {_show(value)}, not a number or None"}
+        return {"problem": f"returned {show(value)}, not a number or None"}
     try:
         number = float(value)
     except OverflowError:
@@ -156,26 +144,6 @@ def _check_number(value: Any) -> dict[str, Any]:
     if not math.isfinite(number):
         return {"problem": f"returned {number}"}
     return {"reward": number}
-
-
-def _show(value: Any) -> str:
-    try:
-        text = repr(value)
-    except Exception:  # a broken __repr__ must not hide the message about it
-        text = "?"
-    return f"a {type(value).__name__} ({text[:80]})"
-
-
-def _describe(error: BaseException) -> dict[str, str]:
-    """The exception in one line with the place in user code, and the traceback's last lines."""
-    try:
-        summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = "".join(traceback.format_exception(error)).strip().splitlines()
-    except Exception:  # a broken __str__
-        return {"summary": type(error).__name__, "traceback": ""}
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return {"summary": summary[:500] + where, "traceback": "\n".join(lines[-TRACEBACK_LINES:])}
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ class TransformersRolloutEngine:
             SeededSampling([request.seed for request in requests], sampling),
             torch.tensor(sampling.stop_token_ids, dtype=torch.int64),
         )
+        limits = torch.tensor([sampling.max_tokens if request.max_tokens is None else request.max_tokens for request in requests])
         chosen = torch.zeros(len(requests), sampling.max_tokens, dtype=torch.int64)
         logprobs, lengths = torch.zeros(chosen.shape), torch.zeros(len(requests), dtype=torch.int64)
         rows, start = torch.arange(len(requests)), 0
@@ -137,7 +138,7 @@ class TransformersRolloutEngine:
             ).logits[:, -1]
             tokens, logprobs[rows, place] = sampler(logits, rows.tolist())
             chosen[rows, place], lengths[rows], start = tokens, place + 1, end
-            going = ~torch.isin(tokens, stops)
+            going = ~torch.isin(tokens, stops) & (place + 1 < limits[rows])
             if not going.all():
                 rows, tokens = rows[going], tokens[going]
                 if not len(rows):

@@ -90,7 +90,7 @@ def sampling_params(request: SampleRequest, sampling: SamplingSpec) -> SamplingP
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
-        max_tokens=sampling.max_tokens,
+        max_tokens=sampling.max_tokens if request.max_tokens is None else request.max_tokens,
         stop_token_ids=list(sampling.stop_token_ids),
         seed=request.seed,
         logprobs=0,

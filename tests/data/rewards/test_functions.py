@@ -9,7 +9,7 @@ from rlkit.errors import ConfigError
 def test_a_bare_name_is_a_shipped_function(tmp_path):
     location = locate("exact_match", tmp_path)
     assert location.file is not None
-    assert (location.file.name, location.function) == ("exact_match.py", "reward")
+    assert (location.file.name, location.member) == ("exact_match.py", "reward")
     with pytest.raises(ConfigError, match=r"reward.fn=exact: reward_fns/ has code_tests, .*numeric_match.* or file.py:function"):
         locate("exact", tmp_path)
     for name in ("my_rewards.py", "../exact_match", ""):
@@ -23,10 +23,10 @@ def test_a_missing_file_or_function_is_answered_with_those_that_exist(tmp_path):
         locate("my.py:good", tmp_path)
     with pytest.raises(ConfigError, match=r"no such folder"):
         locate("gone/my.py:good", tmp_path)
-    with pytest.raises(ConfigError, match=r"there is no function godo. Its functions are good, other"):
+    with pytest.raises(ConfigError, match=r"there is no godo in it. It has good, other"):
         load(locate("mine.py:godo", tmp_path))
     for name in ("mine.py:", ":good", "mine.py:a.b"):
-        with pytest.raises(ConfigError, match=r"write file.py:function or package.module:function"):
+        with pytest.raises(ConfigError, match=r"write file.py:name or package.module:name"):
             locate(name, tmp_path)
 
 

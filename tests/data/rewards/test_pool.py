@@ -416,7 +416,7 @@ def test_a_pool_where_everything_hangs_ends_in_time(open_pool):
     ("function", "kind", "message"),
     [
         ("broken.py:f", ConfigError, "reward.fn=broken.py:f: importing it raised ModuleNotFoundError: No module named 'gone'"),
-        ("mine.py:typo", ConfigError, "there is no function typo. Its functions are act, echo"),
+        ("mine.py:typo", ConfigError, "there is no typo in it. It has act, echo"),
         ("gone.py:f", ConfigError, "there is no file"),
         ("leaver.py:f", RewardError, "its worker exited with code 3 while importing it"),
         ("slow.py:f", RewardError, "importing it took longer than 0.5 s"),

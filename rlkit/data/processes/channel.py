@@ -1,4 +1,4 @@
-"""Frames of JSON over a socket, between the pool and its workers: never pickle, and apart from anything user code prints."""
+"""Frames of JSON over a socket, between a pool and its workers: never pickle, and apart from anything user code prints."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ class Channel:
             self._buffer += chunk
         return message
 
+    def fileno(self) -> int:
+        """For a selector."""
+        return self._connection.fileno()
+
     def has_input(self) -> bool:
         """Whether something has arrived that `receive` has not returned."""
         return bool(self._buffer) or bool(select.select([self._connection], [], [], 0)[0])
@@ -56,3 +60,20 @@ class Channel:
 
     def close(self) -> None:
         self._connection.close()
+
+
+class Unsendable(Exception):
+    """What JSON cannot carry, as `a date`."""
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can carry it. Raises Unsendable; the caller knows whose value it is."""
+    if type(value).__module__ == "numpy":  # which is not imported for this
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: plain(part) for key, part in value.items()}
+    raise Unsendable(f"a {type(value).__name__}")

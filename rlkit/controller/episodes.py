@@ -1,0 +1,415 @@
+"""Prompts -> scored rollouts of several turns: the policy and its environment speak in turn, many episodes side by side.
+
+`EpisodeSampler` stands in the place of `Sampler`, so that nothing that samples knows of turns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlkit.config import RunConfig
+from rlkit.controller.dispatch import Ticket, first_complete
+from rlkit.controller.fleet import Engines, Generation
+from rlkit.controller.sampling import Sampled, Sampler, Submitted, sample_seed
+from rlkit.data.environments.history import History
+from rlkit.data.environments.pool import EnvironmentPool, EpisodeWorker, Failure
+from rlkit.data.environments.protocol import Step
+from rlkit.data.prompts import PromptSet, load_prompts
+from rlkit.data.rewards.pool import RewardItem
+from rlkit.data.rewards.weighted import Rewards
+from rlkit.errors import ConfigError
+from rlkit.settings import CallFormat, MultiTurn, ToolEnvironment
+from rlkit.types import (
+    Completion,
+    FinishReason,
+    Origin,
+    Prompt,
+    RewardResult,
+    RewardStatus,
+    Rollout,
+    SampleRequest,
+    SamplingSpec,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TRANSCRIPT = "transcript"  # the column in which a reward function finds who said what
+POLICY = "assistant"  # the policy's role there, as in chat templates
+
+
+@dataclass(kw_only=True, slots=True)
+class Episode:
+    """One sample under way. Its tokens are kept as they were sampled, and never made from text again."""
+
+    sample_id: str
+    group_id: str
+    prompt: Prompt  # with what the environment says at the start
+    rendered: str  # by the chat template, up to the turn that is next
+    world: int  # the seed of its environment
+    worker: EpisodeWorker | None = None  # while it goes on
+    failure: Failure | None = None
+    finish_reason: FinishReason | None = None  # None: it goes on
+    num_turns: int = 0
+    transcript: list[dict[str, Any]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)  # of the response, with the next four
+    logprobs: list[float] = field(default_factory=list)  # 0 where the policy did not sample
+    versions: list[int] = field(default_factory=list)
+    origins: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+
+    @property
+    def is_over(self) -> bool:
+        return self.failure is not None or self.finish_reason is not None
+
+    @property
+    def answer(self) -> str:
+        """What a reward function judges: the policy's last words."""
+        said = (each["content"] for each in reversed(self.transcript) if each["role"] == POLICY)
+        return next((content for content in said if content.strip()), "")
+
+    @property
+    def own_ids(self) -> list[int]:
+        """What the policy sampled, all turns."""
+        return [token for token, origin in zip(self.ids, self.origins, strict=True) if origin == Origin.policy]
+
+    @property
+    def messages(self) -> list[dict[str, Any]] | None:
+        """The whole conversation for a chat template; None for plain text."""
+        if self.prompt.messages is None:
+            return None
+        return [*self.prompt.messages, *({"role": each["role"], "content": each["content"]} for each in self.transcript)]
+
+    def hear(self, completion: Completion, text: str) -> None:
+        """The policy has had its turn."""
+        self.ids += completion.response_ids.tolist()
+        self.logprobs += completion.rollout_logprobs.tolist()
+        self.versions += completion.policy_version.tolist()
+        self._label(len(completion.response_ids), Origin.policy, turn=self.num_turns)
+        self.transcript.append({"role": POLICY, "content": text})
+        self.num_turns += 1
+
+    def tell(self, ids: Sequence[int], text: str, *, role: str, is_cut: bool) -> None:
+        """The environment's answer, which belongs to the turn that it follows."""
+        self.ids += ids
+        self.logprobs += [0.0] * len(ids)
+        self.versions += [self.versions[-1]] * len(ids)
+        self._label(len(ids), Origin.environment, turn=self.num_turns - 1)
+        self.transcript.append({"role": role, "content": text} | ({"cut": True} if is_cut else {}))
+
+    def _label(self, count: int, origin: Origin, *, turn: int) -> None:
+        self.origins += [int(origin)] * count
+        self.turns += [turn] * count
+        self.rewards += [0.0] * count
+
+    def earn(self, reward: float) -> None:
+        """For the turn that has just ended, on its last token."""
+        self.rewards[-1] += reward
+        self.transcript[-1]["reward"] = reward
+
+    def rollout(self, result: RewardResult) -> Rollout:
+        """As it is trained on: the environment's rewards where they were given, the outcome on the last token."""
+        earned, components, reward = sum(self.rewards), result.components, None
+        token_rewards = np.array(self.rewards, dtype=np.float32)
+        if result.reward is not None:
+            reward = result.reward + earned
+            components = components | {"environment": earned} if earned or components else components
+            if len(token_rewards):
+                token_rewards[-1] += result.reward
+        return Rollout(
+            sample_id=self.sample_id,
+            group_id=self.group_id,
+            prompt_id=self.prompt.id,
+            attempt=0,
+            source=self.prompt.source,
+            prompt_ids=self.prompt.prompt_ids,
+            response_ids=np.array(self.ids, dtype=np.int64),
+            rollout_logprobs=np.array(self.logprobs, dtype=np.float32),
+            policy_version=np.array(self.versions, dtype=np.int64),
+            turn_index=np.array(self.turns, dtype=np.int64),
+            origin=np.array(self.origins, dtype=np.int64),
+            token_rewards=token_rewards,
+            text=self.answer,
+            finish_reason=self.finish_reason or FinishReason.stop,
+            reward=reward,
+            reward_components=components,
+            status=result.status,
+            transcript=tuple(self.transcript),
+        )
+
+
+Wave = tuple[list[Episode], Generation | Ticket]  # turns under way that come back together
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubmittedEpisodes(Submitted):
+    """Episodes of which the first have begun."""
+
+    episodes: list[Episode]
+    waiting: deque[Episode]  # those of them that have not begun, because so many others have
+    waves: list[Wave]
+    sampling: SamplingSpec
+    environment_s: float  # taken so far
+
+
+@dataclass(kw_only=True, slots=True)
+class EpisodeSampler(Sampler):
+    """Plays `group_size` episodes per prompt and has them scored."""
+
+    environment: EnvironmentPool
+    settings: MultiTurn
+    history: History
+    max_prompt_tokens: int
+
+    def submit(self, label: str, prompts: Sequence[Prompt], group_size: int, sampling: SamplingSpec) -> SubmittedEpisodes:
+        """Begin the episodes, and their first turns. See `Sampler.submit`."""
+        started = time.monotonic()
+        # One world for all samples of a prompt, because they are compared with each other.
+        episodes = [
+            Episode(
+                sample_id=f"{label}/{place}/{prompt.id}/{index}",
+                group_id=f"{label}/{place}/{prompt.id}",
+                prompt=prompt,
+                rendered=prompt.text,
+                world=sample_seed(self.seed, label, place, prompt.id),
+            )
+            for place, prompt in enumerate(prompts)
+            for index in range(group_size)
+        ]
+        waiting = deque(episodes)
+        begun = self._begin(waiting, room=self.settings.max_episodes_at_once)
+        environment_s = time.monotonic() - started
+        return SubmittedEpisodes(
+            owners=[episode.prompt for episode in episodes],
+            generation=None,
+            started=started,
+            episodes=episodes,
+            waiting=waiting,
+            waves=self._ask(begun, sampling),
+            sampling=sampling,
+            environment_s=environment_s,
+        )
+
+    def collect(self, submitted: Submitted) -> Sampled:
+        """Play them to their ends. Raises RewardError when too many fail, in the environment or at their reward."""
+        assert isinstance(submitted, SubmittedEpisodes)
+        waves, sampling, environment_s = list(submitted.waves), submitted.sampling, submitted.environment_s
+        while waves:
+            episodes = self._hear(waves)
+            began = time.monotonic()
+            for episode, step in zip(episodes, self._step(episodes), strict=True):
+                self._follow(episode, step, sampling.max_tokens)
+            going = [episode for episode in episodes if not episode.is_over]
+            begun = self._begin(submitted.waiting, room=len(episodes) - len(going))
+            environment_s += time.monotonic() - began
+            waves += self._ask([*going, *begun], sampling)
+        for episode in submitted.episodes:
+            self.environment.count(episode.sample_id, episode.failure)
+        played = time.monotonic()
+        rollouts = self._scored(submitted.episodes)
+        return Sampled(
+            rollouts=rollouts,
+            generate_s=played - submitted.started - environment_s,
+            reward_s=time.monotonic() - played,
+            environment_s=environment_s,
+            num_prompts=len({episode.group_id for episode in submitted.episodes}),
+        )
+
+    def _begin(self, waiting: deque[Episode], *, room: int) -> list[Episode]:
+        """The next of those that wait, of which none has failed: as many as there is room for."""
+        begun: list[Episode] = []
+        while waiting and room > len(begun):
+            some = [waiting.popleft() for _ in range(min(room - len(begun), len(waiting)))]
+            starts = self.environment.begin([(episode.prompt.columns, episode.world) for episode in some])
+            for episode, start in zip(some, starts, strict=True):
+                if isinstance(start, Failure):
+                    episode.failure = start
+                else:
+                    episode.worker, opening = start
+                    self._open(episode, opening)
+            begun += [episode for episode in some if not episode.is_over]
+        return begun
+
+    def _open(self, episode: Episode, opening: str) -> None:
+        """What the environment says at the start is part of the prompt: in chat, of its last message."""
+        prompt = episode.prompt
+        if not opening:
+            return
+        if prompt.messages is None:
+            text, ids, messages = prompt.text + opening, (*prompt.prompt_ids, *self.history.ids(opening)), None
+        else:
+            *before, last = prompt.messages
+            messages = (*before, last | {"content": f"{last['content']}\n\n{opening}"})
+            text = self.history.render(messages)
+            ids = tuple(self.history.ids(text))
+        episode.prompt, episode.rendered = replace(prompt, text=text, prompt_ids=ids, messages=messages), text
+        if len(ids) > self.max_prompt_tokens:
+            too_long = f"reset() makes a prompt of {len(ids)} tokens, max_prompt_tokens={self.max_prompt_tokens}"
+            self._leave(episode)
+            episode.failure = Failure(status=RewardStatus.error, message=too_long)
+
+    def _ask(self, episodes: Sequence[Episode], sampling: SamplingSpec) -> list[Wave]:
+        """Start the next turn of each: in one wave, so that timing changes nothing, or where engines take samples one by one in
+        a wave each, so that none waits for another."""
+        if not episodes:
+            return []
+        waves = [[episode] for episode in episodes] if self.engines.takes_singly else [list(episodes)]
+        return [(wave, self.engines.generate([self._request(each, sampling) for each in wave], sampling)) for wave in waves]
+
+    def _request(self, episode: Episode, sampling: SamplingSpec) -> SampleRequest:
+        left = sampling.max_tokens - len(episode.ids)
+        sample = f"{episode.sample_id}/turn-{episode.num_turns}"
+        return SampleRequest(
+            sample_id=sample,
+            prompt_ids=(*episode.prompt.prompt_ids, *episode.ids),
+            seed=sample_seed(self.seed, sample),
+            max_tokens=min(left, self.settings.max_turn_tokens or left),
+        )
+
+    def _hear(self, waves: list[Wave]) -> list[Episode]:
+        """The episodes of the waves that come back first, which leave the list."""
+        tickets = [generation for _, generation in waves if isinstance(generation, Ticket)]
+        complete = first_complete(tickets) if tickets else [waves[0][1]]
+        back = [wave for wave in waves if any(wave[1] is each for each in complete)]
+        waves[:] = [wave for wave in waves if not any(wave[1] is each for each in complete)]
+        for episodes, generation in back:
+            for episode, completion in zip(episodes, generation.result(), strict=True):
+                episode.hear(completion, self.history.text(completion.response_ids.tolist()))
+        return [episode for episodes, _ in back for episode in episodes]
+
+    def _step(self, episodes: Sequence[Episode]) -> list[Step | Failure]:
+        actions = []
+        for episode in episodes:
+            assert episode.worker is not None  # it has not failed
+            actions.append((episode.worker, str(episode.transcript[-1]["content"])))
+        return self.environment.step(actions)
+
+    def _follow(self, episode: Episode, step: Step | Failure, max_tokens: int) -> None:
+        """What an answer makes of the episode: its end, or tokens that the policy reads before its next turn."""
+        if isinstance(step, Failure):
+            episode.worker, episode.failure = None, step
+            return
+        episode.earn(step.reward)
+        if step.done:
+            episode.finish_reason = FinishReason.stop
+        elif episode.num_turns == self.settings.max_turns or len(episode.ids) >= max_tokens:
+            episode.finish_reason = FinishReason.length
+        else:
+            self._observe(episode, step.observation, max_tokens)
+        if episode.is_over:
+            self._leave(episode)
+
+    def _observe(self, episode: Episode, observation: str, max_tokens: int) -> None:
+        text, is_cut = self.history.cut(observation, self.settings.max_observation_tokens)
+        behind = self.history.behind(text, messages=episode.messages, rendered=episode.rendered, last_id=episode.ids[-1])
+        if behind.forks:
+            self._leave(episode)
+            episode.failure = Failure(status=RewardStatus.error, message="the chat template writes earlier turns otherwise later")
+        elif len(episode.ids) + len(behind.ids) >= max_tokens:  # not a token would be left for the turn
+            episode.finish_reason = FinishReason.length
+        else:
+            episode.tell(behind.ids, text, role=self.settings.observation_role.value, is_cut=is_cut)
+            episode.rendered = behind.rendered
+
+    def _leave(self, episode: Episode) -> None:
+        assert episode.worker is not None  # it is over once
+        self.environment.end(episode.worker)
+        episode.worker = None
+
+    def _scored(self, episodes: Sequence[Episode]) -> list[Rollout]:
+        """A failure of the environment takes the place of a reward."""
+        whole = [episode for episode in episodes if episode.failure is None]
+        results = self.rewards.score(
+            [
+                RewardItem(
+                    sample_id=episode.sample_id,
+                    group_id=episode.group_id,
+                    prompt=episode.prompt.text,
+                    completion=episode.answer,
+                    columns=episode.prompt.columns | {TRANSCRIPT: episode.transcript},
+                    completion_ids=episode.own_ids,
+                    messages=episode.prompt.messages,
+                    source=episode.prompt.source,
+                )
+                for episode in whole
+            ]
+        )
+        by_id = {result.sample_id: result for result in results}
+        for episode in episodes:
+            if (failure := episode.failure) is not None:
+                by_id[episode.sample_id] = RewardResult(sample_id=episode.sample_id, status=failure.status, message=failure.message)
+        return [episode.rollout(by_id[episode.sample_id]) for episode in episodes]
+
+
+def open_environment(config: RunConfig, *, base_dir: Path) -> AbstractContextManager[EnvironmentPool | None]:
+    """The run's environment, with its processes; None where there is but one turn. Raises ConfigError."""
+    if not isinstance(config.environment, MultiTurn):
+        return nullcontext(None)
+    return EnvironmentPool(config.environment, base_dir=base_dir)
+
+
+def read_prompts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rewards: Rewards, environment: EnvironmentPool | None
+) -> PromptSet:
+    """The run's data, held against what reward and environment make of it. Raises DataError or ConfigError."""
+    limit = config.max_prompt_tokens
+    if environment is None:
+        return load_prompts(config.data, tokenizer, max_prompt_tokens=limit, missing=rewards.missing)
+    settings = config.environment
+    assert isinstance(settings, MultiTurn)
+
+    def missing(source: str, columns: Any) -> str | None:
+        if TRANSCRIPT in columns:
+            raise ConfigError(f"data: a column may not be called {TRANSCRIPT}: the environment adds one. Map it with data.columns.")
+        return rewards.missing(source, {**columns, TRANSCRIPT: None})
+
+    prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=limit, missing=missing, tools=environment.tools)
+    if any(prompt.messages is not None for prompt in prompts.train):
+        History(tokenizer, role=settings.observation_role.value).check()
+    elif isinstance(settings, ToolEnvironment) and settings.call_format is CallFormat.hermes:
+        raise ConfigError(
+            "environment.call_format=hermes: it is a format of chat, and these prompts are plain text. Write data.chat=true, or "
+            "environment.call_format=bare."
+        )
+    for prompt in {prompt.source: prompt for prompt in reversed(prompts.train)}.values():
+        [start] = environment.begin([(prompt.columns, 0)])
+        if isinstance(start, Failure):
+            raise ConfigError(
+                f"environment.env={settings.entry}: reset() of the row {prompt.id} failed: {start.message}. Its columns are "
+                f"{', '.join(prompt.columns)}."
+            )
+        environment.end(start[0])
+    return prompts
+
+
+def make_sampler(
+    config: RunConfig,
+    engines: Engines,
+    rewards: Rewards,
+    tokenizer: PreTrainedTokenizerBase,
+    environment: EnvironmentPool | None,
+) -> Sampler:
+    """What samples in this run."""
+    if environment is None:
+        return Sampler(engines=engines, rewards=rewards, tokenizer=tokenizer, seed=config.seed)
+    settings = config.environment
+    assert isinstance(settings, MultiTurn)
+    return EpisodeSampler(
+        engines=engines,
+        rewards=rewards,
+        tokenizer=tokenizer,
+        seed=config.seed,
+        environment=environment,
+        settings=settings,
+        history=History(tokenizer, role=settings.observation_role.value, tools=environment.tools),
+        max_prompt_tokens=config.max_prompt_tokens,
+    )

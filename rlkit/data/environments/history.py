@@ -1,0 +1,113 @@
+"""What an episode has said so far, as token ids: the policy's as it sampled them, and in between what its environment answers.
+
+Nothing that was sampled is ever tokenised again. What is new behind a turn (its end, the observation, the next turn's start) is
+what the chat template writes there, tokenised alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Continuation:
+    """What stands between two turns of the policy."""
+
+    ids: list[int]
+    rendered: str  # the template's text of everything up to the next turn; empty for plain text
+    forks: bool = False  # the template writes earlier turns otherwise now: `ids` is then the whole history, a new prompt
+
+
+class History:
+    """Renders observations for one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, role: str, tools: Sequence[dict[str, Any]] = ()):
+        self._tokenizer, self._role, self._tools = tokenizer, role, list(tools)
+
+    def ids(self, text: str) -> list[int]:
+        """Of a text in the middle of others."""
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What the policy wrote, without special tokens: the environment's `action`."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def cut(self, observation: str, max_tokens: int) -> tuple[str, bool]:
+        """The observation's first tokens, and whether that is less than all of it."""
+        ids = self.ids(observation)
+        return (observation, False) if len(ids) <= max_tokens else (str(self._tokenizer.decode(ids[:max_tokens])), True)
+
+    def behind(self, observation: str, *, messages: Sequence[Message] | None, rendered: str, last_id: int) -> Continuation:
+        """What follows a turn of the policy, whose last token is `last_id`.
+
+        messages: the whole conversation up to this turn, in it the policy's turns as text; None for plain text, where the
+        observation follows as it is. rendered: the template's text of it when the turn began.
+        """
+        if messages is None:
+            return Continuation(ids=self.ids(observation), rendered="")
+        now = self.render([*messages, {"role": self._role, "content": observation}])
+        said = str(messages[-1]["content"])
+        for content in (said, said.strip()):  # many templates trim what they are given, which changes nothing that was sampled
+            if now.startswith(rendered + content):
+                ids = self.ids(now[len(rendered + content) :])
+                # The template closes the turn with the token that the policy has sampled already.
+                if ids and ids[0] == last_id:
+                    ids = ids[1:]
+                return Continuation(ids=ids, rendered=now)
+        return Continuation(ids=self.ids(now), rendered=now, forks=True)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Up to the start of the policy's next turn. Raises ConfigError where the template refuses the conversation."""
+        from jinja2 import TemplateError
+
+        try:
+            return render(self._tokenizer, messages, self._tools)
+        except TemplateError as error:
+            raise ConfigError(
+                f"environment.observation_role={self._role}: the model's chat template refuses the conversation ({error}). Write "
+                "another role, user or tool."
+            ) from None
+
+    def check(self) -> None:
+        """Raises ConfigError where the template refuses an observation, or leaves it out."""
+        asked = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "turn"}]
+        if "observation" not in self.render([*asked, {"role": self._role, "content": "observation"}]):
+            raise ConfigError(
+                f"environment.observation_role={self._role}: the model's chat template leaves out messages of this role. Write "
+                "another role, user or tool."
+            )
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
+    """The conversation with its tools, up to the start of the next turn. Tools that the template does not write stand in the
+    system message."""
+
+    def written(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
+        given = list(tools) or None
+        return str(tokenizer.apply_chat_template(list(messages), tools=given, tokenize=False, add_generation_prompt=True))  # pyright: ignore[reportArgumentType]
+
+    text = written(messages, tools)
+    return text if not tools or text != written(messages, ()) else written(with_instructions(messages, tools), ())
+
+
+def with_instructions(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
+    """With a system message that names the tools."""
+    import json
+
+    listed = "\n".join(json.dumps(tool) for tool in tools)
+    text = (
+        f"You may call these tools before you answer:\n{listed}\nTo call one, write\n<tool_call>\n"
+        '{"name": tool, "arguments": {name: value}}\n</tool_call>\nand end your turn; its result comes next. '
+        "A turn without a call is your answer."
+    )
+    first, rest = ([], list(messages)) if messages[0]["role"] != "system" else ([messages[0]["content"]], list(messages[1:]))
+    return [{"role": "system", "content": "\n\n".join([*first, text])}, *rest]

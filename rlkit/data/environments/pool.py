@@ -1,0 +1,275 @@
+"""Runs many episodes side by side, each in a process that can be killed without harm to the others."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlkit.data.environments.protocol import Step
+from rlkit.data.processes.budget import ErrorBudget
+from rlkit.data.processes.channel import Channel, Unsendable, plain
+from rlkit.data.processes.user_code import locate, memory_mib
+from rlkit.data.sandbox.run import UNSAFE
+from rlkit.errors import ConfigError, DataError, ResourceError, RewardError
+from rlkit.settings import MultiTurn
+from rlkit.types import RewardStatus
+
+START_LIMIT_S = 60.0  # to start Python and import the environment
+POLL_S = 0.25  # how often a silent worker's memory is looked at
+EPISODES_PER_WORKER = 1000  # then it makes room for a fresh one
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Why an episode ended without an answer; the policy had no part in it."""
+
+    status: RewardStatus  # timeout or error
+    message: str
+
+
+@dataclass(eq=False, slots=True)
+class EpisodeWorker:
+    """The process in which an episode runs."""
+
+    pid: int
+    channel: Channel
+    num_episodes: int = field(default=0)
+
+
+class EnvironmentPool:
+    """The processes of a run's environment. Several threads may use it; an episode belongs to one."""
+
+    def __init__(self, settings: MultiTurn, *, base_dir: Path, start_limit_s: float = START_LIMIT_S):
+        """Imports the environment, in another process. Raises ConfigError where it cannot be found, imported or made.
+
+        The kernel kills everything when the thread that called this ends.
+        """
+        self._settings, self._start_limit_s = settings, start_limit_s
+        base_dir = base_dir.resolve()
+        locate("environment.env", settings.entry, base_dir)
+        self._budget = ErrorBudget(
+            f"environment.env={settings.entry}",
+            key="environment.max_error_rate",
+            limit=settings.max_error_rate,
+            fix="Fix the environment, or what it depends on.",
+        )
+        self._lock = threading.Lock()  # guards what follows
+        self._idle: list[EpisodeWorker] = []
+        self._busy: set[EpisodeWorker] = set()
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        arguments = [str(theirs.fileno()), str(os.getpid()), settings.entry, str(base_dir), json.dumps(settings.arguments)]
+        arguments = [str(theirs.fileno()), str(os.getpid()), settings.entry, str(base_dir), json.dumps(settings.arguments)]
+        with theirs:
+            self._process = subprocess.Popen(
+                # -P: a json.py in base_dir must not stand in for Python's own.
+                [sys.executable, "-P", "-m", "rlkit.data.environments.worker", *arguments],
+                cwd=base_dir,
+                # The cores belong to the engine and the learner.
+                env={"OMP_NUM_THREADS": "1", **os.environ, UNSAFE: "1" if settings.unsafe_allow_unsandboxed else "0"},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what it prints is for people to see, and standard output may be a program's input
+                start_new_session=True,
+            )
+        try:
+            self.tools: tuple[dict[str, Any], ...] = tuple(self._hear()["tools"])  # that the policy must be told of
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Of the workers alive now."""
+        with self._lock:
+            return [worker.pid for worker in (*self._idle, *self._busy)]
+
+    def begin(self, starts: Sequence[tuple[Mapping[str, Any], int]]) -> list[tuple[EpisodeWorker, str] | Failure]:
+        """New episodes, each of a row and a seed: its worker, and what the policy reads behind its prompt.
+
+        Raises DataError for a row that cannot be sent, or where `reset` breaks its contract.
+        """
+        messages = [{"reset": _sent(row), "seed": seed} for row, seed in starts]
+        workers = [self._worker() for _ in messages]
+        answers = self._exchange([*zip(workers, messages, strict=True)])
+        return [
+            answer if isinstance(answer, Failure) else (worker, answer["observation"])
+            for worker, answer in zip(workers, answers, strict=True)
+        ]
+
+    def step(self, actions: Sequence[tuple[EpisodeWorker, str]]) -> list[Step | Failure]:
+        """What follows these turns of the policy, in their order. A worker whose answer is a Failure is gone."""
+        answers = self._exchange([(worker, {"step": action}) for worker, action in actions])
+        return [answer if isinstance(answer, Failure) else Step(**answer) for answer in answers]
+
+    def end(self, worker: EpisodeWorker) -> None:
+        """Its episode is over."""
+        with self._lock:
+            self._busy.discard(worker)
+            worker.num_episodes += 1
+            if is_fresh := worker.num_episodes < EPISODES_PER_WORKER:
+                self._idle.append(worker)
+        if not is_fresh:
+            self._kill(worker)
+
+    def count(self, sample_id: str, failure: Failure | None) -> None:
+        """One more episode is over. Raises RewardError once too many have failed."""
+        stop = self._budget.count(sample_id, "" if failure is None else failure.message)
+        if stop is not None:
+            raise stop
+
+    def close(self) -> None:
+        """Kills every worker, and what they started."""
+        with self._lock:
+            workers, self._idle, self._busy = [*self._idle, *self._busy], [], set()
+        for worker in workers:
+            with suppress(ResourceError):  # they are all gone with the process they were forked from
+                self._kill(worker)
+        self._control.close()
+        with suppress(ProcessLookupError, PermissionError):  # only the zombie is left
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def __enter__(self) -> EnvironmentPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _worker(self) -> EpisodeWorker:
+        with self._lock:
+            worker = self._idle.pop() if self._idle else self._fork()
+            self._busy.add(worker)
+            return worker
+
+    def _fork(self) -> EpisodeWorker:
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+                answer = self._hear()
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise ResourceError(f"The process that environments are forked from has ended: {error}.") from error
+            raise ResourceError(
+                f"{len(self._busy)} episodes at once use up this process's open files. Raise the limit (ulimit -n), or lower "
+                "prompts_per_step, group_size or evaluation.num_prompts."
+            ) from error
+        return EpisodeWorker(answer["pid"], Channel(ours))
+
+    def _hear(self) -> dict[str, Any]:
+        """What the process that forks says. Raises ConfigError where it says that it cannot start."""
+        self._control.settimeout(self._start_limit_s)
+        entry = self._settings.entry
+        try:
+            said = self._control.recv(1 << 20)
+        except TimeoutError:
+            raise RewardError(
+                f"environment.env={entry}: importing it took longer than {self._start_limit_s:g} s. Move slow work out of its "
+                "top level."
+            ) from None
+        if not said:
+            raise ResourceError(f"environment.env={entry}: its process ended while importing it. See what it printed before.")
+        answer = json.loads(said)
+        if "config_error" in answer:
+            raise ConfigError(answer["config_error"])
+        if "import_error" in answer:
+            error = answer["import_error"]
+            raise ConfigError(f"environment.env={entry}: importing it raised {error['summary']}. Fix it.\n{error['traceback']}")
+        return answer
+
+    def _exchange(self, calls: Sequence[tuple[EpisodeWorker, dict[str, Any]]]) -> list[dict[str, Any] | Failure]:
+        """The answers, in the order of the calls; of these `max_calls_at_once` are under way, and the clock of each starts when
+        it is sent."""
+        answers: list[dict[str, Any] | Failure] = [{} for _ in calls]
+        waiting = deque(range(len(calls)))
+        deadlines: dict[int, float] = {}  # of the calls under way
+        with selectors.DefaultSelector() as selector:
+
+            def settle(index: int, answer: dict[str, Any] | Failure) -> None:
+                worker = calls[index][0]
+                answers[index] = answer
+                if index in deadlines:
+                    selector.unregister(worker.channel)
+                    del deadlines[index]
+                if isinstance(answer, Failure):
+                    self._drop(worker)
+
+            while waiting or deadlines:
+                while waiting and len(deadlines) < self._settings.max_calls_at_once:
+                    index = waiting.popleft()
+                    worker, message = calls[index]
+                    try:
+                        worker.channel.send(message, timeout_s=self._settings.timeout_s)
+                    except OSError:
+                        settle(index, Failure(status=RewardStatus.error, message="its process ended between two turns"))
+                    else:
+                        selector.register(worker.channel, selectors.EVENT_READ, index)
+                        deadlines[index] = time.monotonic() + self._settings.timeout_s
+                if not deadlines:
+                    continue
+                wait_s = min(min(deadlines.values()) - time.monotonic(), POLL_S)
+                ready = selector.select(max(wait_s, 0.0))
+                for key, _ in ready:
+                    if (answer := self._receive(calls[key.data][0])) is not None:
+                        settle(key.data, answer)
+                now = time.monotonic()
+                for index in [index for index, deadline in deadlines.items() if deadline <= now]:
+                    limit = f"no answer within environment.timeout_s={self._settings.timeout_s:g}; its process was killed"
+                    settle(index, Failure(status=RewardStatus.timeout, message=limit))
+                for index in [] if ready else [*deadlines]:
+                    if (mib := memory_mib(calls[index][0].pid)) > self._settings.max_worker_mib:
+                        limit = f"grew to {mib:.0f} MiB, above environment.max_worker_mib={self._settings.max_worker_mib}"
+                        settle(index, Failure(status=RewardStatus.error, message=limit))
+        return answers
+
+    def _receive(self, worker: EpisodeWorker) -> dict[str, Any] | Failure | None:
+        """None: not all of it is there yet. Raises DataError for an answer that breaks the contract."""
+        try:
+            answer = worker.channel.receive(timeout_s=0.001)
+        except TimeoutError:
+            return None
+        if answer is None:
+            return Failure(status=RewardStatus.error, message="its process ended within a turn")
+        if "contract" in answer:
+            raise DataError(f"environment.env={self._settings.entry}: {answer['contract']}. Fix what it returns.")
+        if "error" in answer:
+            return Failure(status=RewardStatus.error, message=answer["error"]["summary"])
+        return answer
+
+    def _drop(self, worker: EpisodeWorker) -> None:
+        """Of an episode that failed: whatever state it is in, nobody shall have it."""
+        with self._lock:
+            self._busy.discard(worker)
+        self._kill(worker)
+
+    def _kill(self, worker: EpisodeWorker) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # only the zombie is left
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.channel.close()
+        with self._lock:
+            try:
+                self._control.send(str(worker.pid).encode())
+                self._hear()
+            except OSError as error:
+                raise ResourceError(f"The process that environments are forked from has ended: {error}.") from error
+
+
+def _sent(row: Mapping[str, Any]) -> Any:
+    try:
+        return plain(dict(row))
+    except Unsendable as kind:
+        raise DataError(f"A row of the data holds {kind}, which cannot be sent to an environment. Store text or numbers.") from None
