@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlkit.core.advantages import (
     GAE,
     Advantage,
+    ComponentNormalized,
     DecoupledGAE,
     GroupCentered,
     GroupNormalized,
@@ -37,6 +38,7 @@ from rlkit.core.apo import DifficultyAdaptiveDivergence, NoResponseWeights, Resp
 from rlkit.core.control import Control, Controlled, Fixed
 from rlkit.core.control import Schedule as ControlSchedule
 from rlkit.core.copo import COPO, NoPromptAdvantage, PromptAdvantage
+from rlkit.core.curriculum import Curriculum, NoCurriculum, PassRate
 from rlkit.core.distill import NoTeacher, Teacher
 from rlkit.core.divergences import (
     RAPO,
@@ -77,7 +79,7 @@ from rlkit.core.ratios import (
     SequenceMaskedTIS,
     TruncatedIS,
 )
-from rlkit.core.recap import NoObjectiveWeights, ObjectiveWeights, Recap, RecapCode
+from rlkit.core.recap import ApplyTo, NoObjectiveWeights, ObjectiveWeights, Recap, RecapCode
 from rlkit.core.reduce import Aggregation
 from rlkit.core.references import (
     BEMAReference,
@@ -111,6 +113,7 @@ from rlkit.settings import (
     ExistingRay,
     ExpressionsData,
     FileTracking,
+    GuessingData,
     GuessingGame,
     HeldOut,
     HuggingFaceData,
@@ -130,7 +133,7 @@ from rlkit.settings import (
     RaySettings,
     ReasoningGymData,
     Reward,
-    RewardSettings,
+    RewardChoice,
     RolloutEngine,
     Sgd,
     SingleTurn,
@@ -168,9 +171,10 @@ class RunConfig:
 
     model: Model = MISSING
     data: Data = MISSING
-    reward: RewardSettings = MISSING
+    reward: RewardChoice = MISSING
     shaping: Shaping = MISSING
     prompt_filter: PromptFilter = MISSING
+    curriculum: Curriculum = MISSING
     environment: Environment = MISSING
     rollout: RolloutEngine = MISSING
     learner: Learner = MISSING
@@ -332,6 +336,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "data": {
         "expressions": ExpressionsData,
         "comparison": ComparisonData,
+        "guessing": GuessingData,
         "jsonl": JsonlData,
         "parquet": ParquetData,
         "mixture": MixtureData,
@@ -341,6 +346,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "reward": {"function": Reward, "weighted": WeightedRewards, "model": ModelReward, "environment": EnvironmentReward},
     "shaping": {"none": NoShaping, "overlong": OverlongPenalty},
     "prompt_filter": {"none": NoPromptFilter, "dynamic": DynamicSampling},
+    "curriculum": {"none": NoCurriculum, "pass_rate": PassRate},
     "environment": {
         "single_turn": SingleTurn,
         "python": PythonEnvironment,
@@ -355,6 +361,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "dr_grpo": GroupCentered,
         "rloo": LeaveOneOut,
         "gpg": GroupPolicyGradient,
+        "gdpo": ComponentNormalized,
         "reinforce": Reinforce,
         "reinforce_pp": ReinforcePlusPlus,
         "reinforce_pp_baseline": ReinforcePlusPlusBaseline,
@@ -447,7 +454,7 @@ ALIASES: dict[str, dict[str, str]] = {
 _BASES: dict[str, type] = {name: hint for name, hint in get_type_hints(RunConfig).items() if name in CHOICES}
 # Of the `needs` of strategies, those that a pass of the policy before the update answers.
 MEASURED = frozenset({"proximal_logprobs", "old_pass", "old_entropy", "old_expected_score", "old_nucleus_entropy"})
-GROUP_BASELINES = ("grpo", "dr_grpo", "rloo", "gpg", "reinforce_pp_baseline")  # of CHOICES["advantage"]
+GROUP_BASELINES = ("grpo", "dr_grpo", "rloo", "gpg", "gdpo", "reinforce_pp_baseline")  # of CHOICES["advantage"]
 
 
 def register(choices: Mapping[str, Mapping[str, type]]) -> None:
@@ -595,6 +602,8 @@ def _what_to_write(key: str, group: DictConfig) -> str:
             return " Write data.path=file."
         case "data.files":
             return " Write data.files={math:math.jsonl,chat:chat.parquet}."
+        case "environment.env":
+            return " Write environment.env=my_env.py:MyEnvironment, a class with reset and step."
         case "reward.fns":
             return " Write reward.fns={accuracy:numeric_match,form:format}."
         case "reward.path":
@@ -648,6 +657,12 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"prompt_filter={name}: how many prompts a step draws is known only after it, and max_staleness={config.max_staleness} "
             "starts the next one before. Write max_staleness=0 or prompt_filter=none."
         )
+    if config.max_staleness > 0 and (name := choice_of("curriculum", config.curriculum)) != "none":
+        yield (
+            f"curriculum={name}: which prompts a step draws follows from the step before, and max_staleness={config.max_staleness} "
+            "starts it without that. Write max_staleness=0 or curriculum=none."
+        )
+    yield from _component_problems(config)
     yield from _tempering_problems(config)
     yield from _selector_problems(config)
     yield from _divergence_problems(config)
@@ -713,6 +728,23 @@ def _selector_problems(config: RunConfig) -> Iterator[str]:
     elif isinstance(config.selector, ClipCov) and config.selector.exclude_clipped and not config.objective.clips:
         yield (
             f"selector.exclude_clipped=true: objective={objective} clips no token's gradient. Write selector.exclude_clipped=false."
+        )
+
+
+def _component_problems(config: RunConfig) -> Iterator[str]:
+    """Advantages from the reward's parts do not see what is done to their sum."""
+    if "reward_components" not in config.advantage.needs:
+        return
+    advantage = choice_of("advantage", config.advantage)
+    if (shaping := choice_of("shaping", config.shaping)) != "none":
+        yield (
+            f"shaping={shaping}: advantage={advantage} learns from the parts of the reward, and what it adds to their sum is none. "
+            "Write shaping=none, with a function of the length in reward.fns, or advantage=grpo."
+        )
+    if getattr(config.objective_weights, "apply_to", None) is ApplyTo.reward:
+        yield (
+            f"objective_weights.apply_to=reward: advantage={advantage} normalises each part of the reward, which undoes it. Write "
+            "objective_weights.apply_to=advantage or loss, or advantage=grpo."
         )
 
 
@@ -947,20 +979,43 @@ def _source_problems(config: RunConfig) -> Iterator[str]:
     for part, name in config.reward.functions.items():
         key = f"reward.fns.{part}" if part else "reward.fn"
         yield from _function_problems(key, name)
+    yield from _environment_problems(config)
+
+
+def _environment_problems(config: RunConfig) -> Iterator[str]:
+    environment = config.environment
+    if isinstance(environment, PythonEnvironment) and environment.env:
+        yield from _place_problems("environment.env", environment.env, "MyEnvironment")
+        if ":" not in environment.env:
+            yield f"environment.env={environment.env}: write file.py:Class or package.module:Class."
+    if isinstance(environment, ToolEnvironment):
+        for tool in environment.tools:
+            yield from _place_problems("environment.tools", tool, "my_tool")
+    if isinstance(config.reward, EnvironmentReward) and isinstance(environment, SingleTurn | ToolEnvironment):
+        yield (
+            f"reward=environment: environment={choice_of('environment', environment)} gives no reward. Write reward=function with "
+            "reward.fn=, or an environment that does."
+        )
 
 
 def _function_problems(key: str, name: str) -> Iterator[str]:
-    if ":" in name:
-        file, _, function = name.rpartition(":")
-        if file.endswith(".py") and not Path(file).expanduser().is_file():
-            yield f"{key}={name}: there is no file {file} (looked from {Path.cwd()}). Check its spelling."
-        if not function.isidentifier():
-            yield f"{key}={name}: {function!r} is no function's name. Write {key}={file}:my_function."
-    elif name and name not in (known := _reward_names()):
+    yield from _place_problems(key, name, "my_function")
+    if name and ":" not in name and name not in (known := _reward_names()):
         yield (
             f"{key}={name}: no such function in reward_fns/.{suggest(name, known)} Write file.py:function, or one of "
             f"{', '.join(known)}."
         )
+
+
+def _place_problems(key: str, name: str, example: str) -> Iterator[str]:
+    """Of a name in a file or a module; of a name alone nothing is known here."""
+    if ":" not in name:
+        return
+    file, _, member = name.rpartition(":")
+    if file.endswith(".py") and not Path(file).expanduser().is_file():
+        yield f"{key}={name}: there is no file {file} (looked from {Path.cwd()}). Check its spelling."
+    if not member.isidentifier():
+        yield f"{key}={name}: {member!r} is no name. Write {key}={file}:{example}."
 
 
 def _reward_names() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlkit.config import RunConfig, choice_of, to_yaml
 from rlkit.core.references import MovingReference
-from rlkit.settings import Dtype, FunctionRewards, HeldOut
+from rlkit.settings import Dtype, HeldOut, RewardSettings
 
 MIB = 2**20
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
@@ -78,7 +78,7 @@ def _workers(config: RunConfig) -> str:
         f"{_count(config.rollout.num_engines, 'engine')} ({choice_of('rollout', config.rollout)})",
         _count(config.learner.num_ranks, "learner rank"),
     ]
-    if isinstance(config.reward, FunctionRewards):
+    if isinstance(config.reward, RewardSettings):
         num_processes = config.reward.num_workers * len(config.reward.functions)
         workers.append(_count(num_processes, "reward process", "reward processes"))
     if config.reward.model_paths:

@@ -103,6 +103,24 @@ class ComparisonData(Data):
 
 
 @dataclass(kw_only=True, slots=True)
+class GuessingData(Data):
+    """Games of environment=guessing_game: the same question again and again, and a secret number behind each."""
+
+    highest: int = 9  # secret numbers are 1 to this
+    size: int = 512  # games
+    question: str = "I have a number from 1 to {highest} in mind. Guess it; I say whether it is higher or lower."
+    chat: bool = True
+
+    def __post_init__(self):
+        Data.__post_init__(self)
+        require(
+            (self.highest >= 2, f"data.highest={self.highest}: nothing to guess. Write 2 or more; 9 is usual."),
+            (self.size >= 1, f"data.size={self.size}: no game. Write 1 or more; 512 is usual."),
+            (bool(self.question.strip()), "data.question is empty. Write what the policy is asked."),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
 class TableData(Data):
     """Base of the sources whose rows have columns."""
 
@@ -205,7 +223,7 @@ BY_VALUE = OnFailure["value"]  # as an attribute, `value` is every member's own
 
 
 @dataclass(kw_only=True, slots=True)
-class RewardSettings:
+class RewardChoice:
     """Base of the rewards."""
 
     @property
@@ -220,8 +238,8 @@ class RewardSettings:
 
 
 @dataclass(kw_only=True, slots=True)
-class FunctionRewards(RewardSettings):
-    """Base of the rewards by functions: how long, how often and to what effect a function may fail."""
+class RewardSettings(RewardChoice):
+    """Base of the rewards by functions: how long, how often and to what effect one may fail."""
 
     timeout_s: float = 10.0  # wall clock per call; the worker is killed at it
     num_workers: int = 2  # processes, per function
@@ -268,7 +286,7 @@ class FunctionRewards(RewardSettings):
 
 
 @dataclass(kw_only=True, slots=True)
-class Reward(FunctionRewards):
+class Reward(RewardSettings):
     """One reward function."""
 
     fn: str = MISSING  # a name in reward_fns/, or `file.py:function`, or `package.module:function`
@@ -279,12 +297,12 @@ class Reward(FunctionRewards):
         return {"": self.fn}
 
     def __post_init__(self):
-        FunctionRewards.__post_init__(self)
+        RewardSettings.__post_init__(self)
         require(_known_convention("reward.signature", self.signature))
 
 
 @dataclass(kw_only=True, slots=True)
-class WeightedRewards(FunctionRewards):
+class WeightedRewards(RewardSettings):
     """Several reward functions per sample, each a named part; the reward is the weighted sum of those that judge its source."""
 
     fns: dict[str, str] = MISSING  # name: function, written as in reward.fn
@@ -302,7 +320,7 @@ class WeightedRewards(FunctionRewards):
         return {f"reward.models.{name}": path for name, path in self.models.items()}
 
     def __post_init__(self):
-        FunctionRewards.__post_init__(self)
+        RewardSettings.__post_init__(self)
         names, models = list(self.fns), list(self.models)
         strangers = [
             (False, f"reward.{key}.{name}: there is no such function in reward.fns. It has {', '.join(names)}.")
@@ -338,7 +356,7 @@ class StepReduction(Enum):
 
 
 @dataclass(kw_only=True, slots=True)
-class ModelReward(RewardSettings):
+class ModelReward(RewardChoice):
     """A reward model in a worker of its own: a score of the response, or of each step of it (a process reward model)."""
 
     path: str = MISSING  # a folder in Hugging Face format with a classification head, or a hub id; `rlkit reward fit` makes one
@@ -375,7 +393,7 @@ class ModelReward(RewardSettings):
 
 
 @dataclass(kw_only=True, slots=True)
-class EnvironmentReward(RewardSettings):
+class EnvironmentReward(RewardChoice):
     """What the environment gives for each turn, and nothing else."""
 
 
@@ -415,16 +433,6 @@ class MultiTurn(Environment):
     max_error_rate: float = 0.2  # above it, over the last 200 episodes, the run stops
     unsafe_allow_unsandboxed: bool = False  # programs that the model wrote may run without bubblewrap, where there is none
 
-    @property
-    def entry(self) -> str:
-        """Where its class is: file.py:Class or package.module:Class."""
-        raise NotImplementedError
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """That its class is made with."""
-        raise NotImplementedError
-
     def __post_init__(self):
         turn, limit, rate = self.max_turn_tokens, self.timeout_s, self.max_error_rate
         require(
@@ -458,14 +466,6 @@ class PythonEnvironment(MultiTurn):
     env: str = MISSING  # `file.py:Class` or `package.module:Class`
     options: dict[str, Any] = field(default_factory=dict)  # passed to the class
 
-    @property
-    def entry(self) -> str:
-        return self.env
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return self.options
-
 
 class CallFormat(Enum):
     """How the policy calls a tool."""
@@ -481,14 +481,6 @@ class ToolEnvironment(MultiTurn):
     observation_role: Role = Role.tool
     tools: list[str] = field(default_factory=lambda: ["calculator", "python"])  # these two, or `file.py:function`
     call_format: CallFormat = CallFormat.hermes
-
-    @property
-    def entry(self) -> str:
-        return "rlkit.data.environments.tools:Tools"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {"functions": list(self.tools), "call_format": self.call_format.value, "max_turns": self.max_turns}
 
     def __post_init__(self):
         MultiTurn.__post_init__(self)
@@ -510,14 +502,6 @@ class GuessingGame(MultiTurn):
     max_turns: int = 4
     higher: str = "higher"  # what it hears when the secret number is
     lower: str = "lower"
-
-    @property
-    def entry(self) -> str:
-        return "rlkit.data.environments.guessing:Guessing"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {"higher": self.higher, "lower": self.lower}
 
 
 @dataclass(kw_only=True, slots=True)

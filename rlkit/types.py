@@ -140,6 +140,7 @@ class Rollout:
     ref_version: int | None = None  # of the reference whose log-probs are attached, if any are
     transcript: tuple[dict[str, Any], ...] | None = None  # who said what, where there are turns: role, content, a turn's reward
     num_uses: int = 0  # optimiser steps that have trained on it
+    parts: tuple[Rollout, ...] = ()  # earlier turns of the same episode, where the policy did not read them as it wrote them
 
 
 def single_turn_rollout(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may need a download
 
@@ -89,6 +90,40 @@ def expression_pairs() -> Callable[[int], list[dict[str, str]]]:
             strange = str(rng.choice([digit for digit in expressions.DIGITS if digit not in row["digits"]]))
             rows.append({"prompt": row["prompt"], "chosen": answer, "rejected": answer[:place] + strange + answer[place + 1 :]})
         return rows
+
+    return build
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer() -> Callable[..., Any]:
+    """A function (chat template) -> tokenizer with one token per character, and ChatML's special tokens."""
+
+    def build(template: str = CHATML) -> Any:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
+        characters = [chr(code) for code in range(32, 127)] + ["\n"]
+        vocab = {token: number for number, token in enumerate([*special, *characters])}
+        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+        tokenizer.decoder = decoders.Fuse()
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            unk_token="<unk>",
+            eos_token="<|im_end|>",
+            additional_special_tokens=["<|im_start|>"],
+            clean_up_tokenization_spaces=False,
+        )
+        made.chat_template = template
+        return made
 
     return build
 

@@ -48,6 +48,10 @@ TRAINED = [
     " objective=gspo",
     "divergence=rapo reference=geometric_mixture reference.path=tiny rehearsal=base_answers rehearsal.num_prompts=64"
     " rehearsal.samples_per_prompt=1 replay=buffer replay.fraction=0.5",
+    "advantage=gdpo reward.fn=expression_parts replay=buffer replay.fraction=0.5 prompt_filter=dynamic prompt_filter.max_batches=0"
+    " objective_weights=recap objective_weights.apply_to=loss imitation=positive imitation.above=1.5",
+    "curriculum=pass_rate curriculum.min_accept=0.5 prompt_filter=dynamic prompt_filter.max_batches=0 rehearsal=base_answers"
+    " rehearsal.num_prompts=64 rehearsal.samples_per_prompt=1 tempering=aepo",
     "divergence=alpha divergence.estimator=exact divergence.top_k=8 learner=lora divergence_weights=dads max_staleness=1",
 ]
 
@@ -58,6 +62,7 @@ REFUSED = {
     "tempering=aepo token_filter=clip_b": "token_filter=clip_b: it looks at all responses of a batch",
     "tempering=aepo max_staleness=1": "tempering=aepo: its temperature follows from the step before",
     "prompt_filter=dynamic max_staleness=1": "prompt_filter=dynamic: how many prompts a step draws is known only after it",
+    "curriculum=pass_rate max_staleness=1": "curriculum=pass_rate: which prompts a step draws follows from the step before",
     "safeguard=entropy_gated": "safeguard=entropy_gated: there is no divergence for it to act on",
     "safeguard=asymmetric divergence=reverse_kl safeguard.kl_mode=direct": "safeguard.kl_mode=direct: it needs the KL",
     "divergence_weights=dads": "divergence_weights=dads: there is no divergence for it to act on",

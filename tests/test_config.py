@@ -24,6 +24,7 @@ REQUIRED = {
     "data.task": "data.task=chain_sum",
     "reward.fn": "reward.fn=expressions",
     "reward.path": "reward.path=reward-model",
+    "environment.env": "environment.env=worlds.py:World",
 }
 REQUIRED |= {"model.path": "model.path=tiny"}
 CONTROLS = ("control", "divergence_control", "threshold_control")
@@ -36,6 +37,7 @@ REQUIRED |= {"reference.path": "reference.path=other", "reference.paths": "refer
 def rows(in_folder: Path) -> Path:
     """The current folder, with a data file and a reward function in it."""
     (in_folder / "rows.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
+    (in_folder / "worlds.py").write_text("class World: ...\n")
     (in_folder / "my_rewards.py").write_text("def exact(prompts, completions, answer, **columns):\n    return [0.0]\n")
     return in_folder
 
@@ -70,6 +72,7 @@ GOES_WITH = {  # a choice of this name asks for another
     **dict.fromkeys(("gae", "vc_ppo", "vapo"), "critic=value_model"),
     **dict.fromkeys(("value_model", "double_softmin"), "advantage=gae"),
     "kl_cov": "objective=unclipped",
+    "reward=environment": "environment=guessing_game",
     "old_policy": "optimizer_steps_per_batch=2",
     **dict.fromkeys(("model", "soup", "geometric_mixture", "refresh", "soft_refresh", "ema", "bema"), "divergence=reverse_kl"),
     **dict.fromkeys(("dads", "entropy_gated", "asymmetric"), "divergence=reverse_kl"),
@@ -116,7 +119,8 @@ def test_no_file_of_conf_repeats_a_default(rows: Path):
         # Without its controllers, which have settings that only the file gives, and its anchor, which needs several updates.
         apart = (*CONTROLS, "anchor")
         choices = [f"{group}={name}" for group, name in compose._hydra(file.stem)[1].items() if group not in apart]
-        before = to_dict(compose_with_what_is_missing([f"experiment={extends or 'none'}", "reward.fn=exact_match", *choices]))
+        fn = ["reward.fn=exact_match"] if "reward=function" in choices else []
+        before = to_dict(compose_with_what_is_missing([f"experiment={extends or 'none'}", *fn, *choices]))
         for key, value in content.items():
             for inner, inner_value in value.items() if isinstance(value, dict) else [(None, value)]:
                 if (before[key].get(inner) if inner else before[key]) == inner_value:
@@ -316,6 +320,12 @@ def test_all_problems_come_in_one_report():
             "objective_weights.alpha: objective_weights=recap has ",
             "recap_code",
         ),
+        ("advantage=gdpo shaping=overlong", "shaping=overlong: advantage=gdpo learns from the parts", "or advantage=grpo."),
+        (
+            "advantage=gdpo objective_weights=recap objective_weights.apply_to=reward",
+            "objective_weights.apply_to=reward: advantage=gdpo normalises",
+            "Write objective_weights.apply_to=advantage or loss",
+        ),
         ("critic=value_model", "critic=value_model: ", "Write advantage=gae, or critic=none."),
         ("objective=gspo aggregation=token_mean", "aggregation=token_mean: ", "Write aggregation=seq_mean_token_mean."),
         ("optimizer.warmup_steps=100", "optimizer.warmup_steps=100: ", "the run has only 70 optimiser steps"),
@@ -360,7 +370,7 @@ def test_all_problems_come_in_one_report():
             "Write learner.num_ranks=2 or rollout.weight_transport=host.",
         ),
         ("reward.fn=my_reward.py:exact", "reward.fn=my_reward.py:exact: there is no file my_reward.py", "Check its spelling."),
-        ("reward.fn=my_rewards.py:", "reward.fn=my_rewards.py:: '' is no function's name.", "Write reward.fn=my_rewards.py:my_"),
+        ("reward.fn=my_rewards.py:", "reward.fn=my_rewards.py:: '' is no name.", "Write reward.fn=my_rewards.py:my_"),
         ("data=jsonl data.path=row.jsonl reward.fn=exact_match", "data.path=row.jsonl: no such file", "Check its spelling."),
         ("data=jsonl reward.fn=exact_match", "data.path: has no value.", "Write data.path=file."),
         ("model=path", "model.path: has no value.", "Write model=tiny, model=smollm2_135m, or model.path="),

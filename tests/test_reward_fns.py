@@ -27,6 +27,8 @@ def score(name: str, completion: str, **row) -> float | None:
 def test_expression_parts(text, form, accuracy):
     function, _ = load(locate("expression_parts", Path.cwd()))
     assert function(prompts=["p"], completions=[text], digits=["3572"], target=[7]) == [{"form": form, "accuracy": accuracy}]
+    assert score("expression_form", text, digits="3572", target=7) == form
+    assert score("expressions", text, digits="3572", target=7) == accuracy
 
 
 @pytest.mark.parametrize(

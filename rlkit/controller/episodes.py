@@ -19,7 +19,7 @@ from rlkit.config import RunConfig
 from rlkit.controller.dispatch import Ticket, first_complete
 from rlkit.controller.fleet import Engines, Generation
 from rlkit.controller.sampling import Sampled, Sampler, Submitted, sample_seed
-from rlkit.data.environments.history import History
+from rlkit.data.environments.history import Continuation, History
 from rlkit.data.environments.pool import EnvironmentPool, EpisodeWorker, Failure
 from rlkit.data.environments.protocol import Step
 from rlkit.data.prompts import PromptSet, load_prompts
@@ -47,20 +47,11 @@ POLICY = "assistant"  # the policy's role there, as in chat templates
 
 
 @dataclass(kw_only=True, slots=True)
-class Episode:
-    """One sample under way. Its tokens are kept as they were sampled, and never made from text again."""
+class Piece:
+    """A prompt and what follows it, as the policy read and wrote it; the lists are of the response's tokens."""
 
-    sample_id: str
-    group_id: str
-    prompt: Prompt  # with what the environment says at the start
-    rendered: str  # by the chat template, up to the turn that is next
-    world: int  # the seed of its environment
-    worker: EpisodeWorker | None = None  # while it goes on
-    failure: Failure | None = None
-    finish_reason: FinishReason | None = None  # None: it goes on
-    num_turns: int = 0
-    transcript: list[dict[str, Any]] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)  # of the response, with the next four
+    prompt_ids: tuple[int, ...]
+    ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # 0 where the policy did not sample
     versions: list[int] = field(default_factory=list)
     origins: list[int] = field(default_factory=list)
@@ -68,19 +59,63 @@ class Episode:
     rewards: list[float] = field(default_factory=list)
 
     @property
+    def own_ids(self) -> list[int]:
+        """What the policy sampled."""
+        return [token for token, origin in zip(self.ids, self.origins, strict=True) if origin == Origin.policy]
+
+    def sampled(self, completion: Completion, *, turn: int) -> None:
+        self.ids += completion.response_ids.tolist()
+        self.logprobs += completion.rollout_logprobs.tolist()
+        self.versions += completion.policy_version.tolist()
+        self._label(len(completion.response_ids), Origin.policy, turn)
+
+    def told(self, ids: Sequence[int], *, turn: int) -> None:
+        self.ids += ids
+        self.logprobs += [0.0] * len(ids)
+        self.versions += [self.versions[-1]] * len(ids)
+        self._label(len(ids), Origin.environment, turn)
+
+    def _label(self, count: int, origin: Origin, turn: int) -> None:
+        self.origins += [int(origin)] * count
+        self.turns += [turn] * count
+        self.rewards += [0.0] * count
+
+
+@dataclass(kw_only=True, slots=True)
+class Episode:
+    """One sample under way. Its tokens are kept as they were sampled, and never made from text again."""
+
+    sample_id: str
+    group_id: str
+    prompt: Prompt  # with what the environment says at the start
+    rendered: str  # by the chat template, up to the turn that is next
+    pieces: list[Piece]  # one, and a further one wherever the template rewrote earlier turns
+    world: int  # the seed of its environment
+    worker: EpisodeWorker | None = None  # while it goes on
+    failure: Failure | None = None
+    finish_reason: FinishReason | None = None  # None: it goes on
+    num_turns: int = 0
+    transcript: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
     def is_over(self) -> bool:
         return self.failure is not None or self.finish_reason is not None
+
+    @property
+    def now(self) -> Piece:
+        """Where the next turn goes."""
+        return self.pieces[-1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all turns and answers; a history that was written anew is counted once."""
+        return sum(len(piece.ids) for piece in self.pieces)
 
     @property
     def answer(self) -> str:
         """What a reward function judges: the policy's last words."""
         said = (each["content"] for each in reversed(self.transcript) if each["role"] == POLICY)
         return next((content for content in said if content.strip()), "")
-
-    @property
-    def own_ids(self) -> list[int]:
-        """What the policy sampled, all turns."""
-        return [token for token, origin in zip(self.ids, self.origins, strict=True) if origin == Origin.policy]
 
     @property
     def messages(self) -> list[dict[str, Any]] | None:
@@ -91,59 +126,61 @@ class Episode:
 
     def hear(self, completion: Completion, text: str) -> None:
         """The policy has had its turn."""
-        self.ids += completion.response_ids.tolist()
-        self.logprobs += completion.rollout_logprobs.tolist()
-        self.versions += completion.policy_version.tolist()
-        self._label(len(completion.response_ids), Origin.policy, turn=self.num_turns)
+        self.now.sampled(completion, turn=self.num_turns)
         self.transcript.append({"role": POLICY, "content": text})
         self.num_turns += 1
 
-    def tell(self, ids: Sequence[int], text: str, *, role: str, is_cut: bool) -> None:
+    def tell(self, behind: Continuation, text: str, *, role: str, is_cut: bool) -> None:
         """The environment's answer, which belongs to the turn that it follows."""
-        self.ids += ids
-        self.logprobs += [0.0] * len(ids)
-        self.versions += [self.versions[-1]] * len(ids)
-        self._label(len(ids), Origin.environment, turn=self.num_turns - 1)
+        if behind.forks:
+            self.pieces.append(Piece(prompt_ids=tuple(behind.ids)))
+        else:
+            self.now.told(behind.ids, turn=self.num_turns - 1)
+        self.rendered = behind.rendered
         self.transcript.append({"role": role, "content": text} | ({"cut": True} if is_cut else {}))
-
-    def _label(self, count: int, origin: Origin, *, turn: int) -> None:
-        self.origins += [int(origin)] * count
-        self.turns += [turn] * count
-        self.rewards += [0.0] * count
 
     def earn(self, reward: float) -> None:
         """For the turn that has just ended, on its last token."""
-        self.rewards[-1] += reward
+        self.now.rewards[-1] += reward
         self.transcript[-1]["reward"] = reward
 
     def rollout(self, result: RewardResult) -> Rollout:
-        """As it is trained on: the environment's rewards where they were given, the outcome on the last token."""
-        earned, components, reward = sum(self.rewards), result.components, None
-        token_rewards = np.array(self.rewards, dtype=np.float32)
+        """As it is trained on: the environment's rewards where they were given, the outcome on the last token, and there too what
+        earlier pieces earned, because the last one stands for all."""
+        earned, components, reward = sum(sum(piece.rewards) for piece in self.pieces), result.components, None
         if result.reward is not None:
             reward = result.reward + earned
             components = components | {"environment": earned} if earned or components else components
-            if len(token_rewards):
-                token_rewards[-1] += result.reward
+        *earlier, last = self.pieces
+        parts = [
+            self._piece(piece, f"{self.sample_id}/part-{number}", replace(result, reward=reward), components)
+            for number, piece in enumerate(earlier)
+        ]
+        token_rewards = np.array(last.rewards, dtype=np.float32)
+        if result.reward is not None and len(token_rewards):
+            token_rewards[-1] += result.reward + sum(sum(piece.rewards) for piece in earlier)
+        whole = self._piece(last, self.sample_id, replace(result, reward=reward), components)
+        return replace(whole, token_rewards=token_rewards, parts=tuple(parts), transcript=tuple(self.transcript))
+
+    def _piece(self, piece: Piece, sample_id: str, result: RewardResult, components: dict[str, float]) -> Rollout:
         return Rollout(
-            sample_id=self.sample_id,
+            sample_id=sample_id,
             group_id=self.group_id,
             prompt_id=self.prompt.id,
             attempt=0,
             source=self.prompt.source,
-            prompt_ids=self.prompt.prompt_ids,
-            response_ids=np.array(self.ids, dtype=np.int64),
-            rollout_logprobs=np.array(self.logprobs, dtype=np.float32),
-            policy_version=np.array(self.versions, dtype=np.int64),
-            turn_index=np.array(self.turns, dtype=np.int64),
-            origin=np.array(self.origins, dtype=np.int64),
-            token_rewards=token_rewards,
+            prompt_ids=piece.prompt_ids,
+            response_ids=np.array(piece.ids, dtype=np.int64),
+            rollout_logprobs=np.array(piece.logprobs, dtype=np.float32),
+            policy_version=np.array(piece.versions, dtype=np.int64),
+            turn_index=np.array(piece.turns, dtype=np.int64),
+            origin=np.array(piece.origins, dtype=np.int64),
+            token_rewards=np.zeros(len(piece.ids), dtype=np.float32),
             text=self.answer,
             finish_reason=self.finish_reason or FinishReason.stop,
-            reward=reward,
+            reward=result.reward,
             reward_components=components,
             status=result.status,
-            transcript=tuple(self.transcript),
         )
 
 
@@ -169,6 +206,7 @@ class EpisodeSampler(Sampler):
     settings: MultiTurn
     history: History
     max_prompt_tokens: int
+    max_model_tokens: int
 
     def submit(self, label: str, prompts: Sequence[Prompt], group_size: int, sampling: SamplingSpec) -> SubmittedEpisodes:
         """Begin the episodes, and their first turns. See `Sampler.submit`."""
@@ -180,6 +218,7 @@ class EpisodeSampler(Sampler):
                 group_id=f"{label}/{place}/{prompt.id}",
                 prompt=prompt,
                 rendered=prompt.text,
+                pieces=[Piece(prompt_ids=prompt.prompt_ids)],
                 world=sample_seed(self.seed, label, place, prompt.id),
             )
             for place, prompt in enumerate(prompts)
@@ -252,6 +291,7 @@ class EpisodeSampler(Sampler):
             text = self.history.render(messages)
             ids = tuple(self.history.ids(text))
         episode.prompt, episode.rendered = replace(prompt, text=text, prompt_ids=ids, messages=messages), text
+        episode.pieces = [Piece(prompt_ids=ids)]
         if len(ids) > self.max_prompt_tokens:
             too_long = f"reset() makes a prompt of {len(ids)} tokens, max_prompt_tokens={self.max_prompt_tokens}"
             self._leave(episode)
@@ -266,11 +306,12 @@ class EpisodeSampler(Sampler):
         return [(wave, self.engines.generate([self._request(each, sampling) for each in wave], sampling)) for wave in waves]
 
     def _request(self, episode: Episode, sampling: SamplingSpec) -> SampleRequest:
-        left = sampling.max_tokens - len(episode.ids)
+        piece = episode.now
+        left = min(sampling.max_tokens - episode.num_tokens, self.max_model_tokens - len(piece.prompt_ids) - len(piece.ids))
         sample = f"{episode.sample_id}/turn-{episode.num_turns}"
         return SampleRequest(
             sample_id=sample,
-            prompt_ids=(*episode.prompt.prompt_ids, *episode.ids),
+            prompt_ids=(*piece.prompt_ids, *piece.ids),
             seed=sample_seed(self.seed, sample),
             max_tokens=min(left, self.settings.max_turn_tokens or left),
         )
@@ -301,7 +342,7 @@ class EpisodeSampler(Sampler):
         episode.earn(step.reward)
         if step.done:
             episode.finish_reason = FinishReason.stop
-        elif episode.num_turns == self.settings.max_turns or len(episode.ids) >= max_tokens:
+        elif episode.num_turns == self.settings.max_turns or episode.num_tokens >= max_tokens:
             episode.finish_reason = FinishReason.length
         else:
             self._observe(episode, step.observation, max_tokens)
@@ -310,15 +351,15 @@ class EpisodeSampler(Sampler):
 
     def _observe(self, episode: Episode, observation: str, max_tokens: int) -> None:
         text, is_cut = self.history.cut(observation, self.settings.max_observation_tokens)
-        behind = self.history.behind(text, messages=episode.messages, rendered=episode.rendered, last_id=episode.ids[-1])
+        behind = self.history.behind(text, messages=episode.messages, rendered=episode.rendered, last_id=episode.now.ids[-1])
         if behind.forks:
-            self._leave(episode)
-            episode.failure = Failure(status=RewardStatus.error, message="the chat template writes earlier turns otherwise later")
-        elif len(episode.ids) + len(behind.ids) >= max_tokens:  # not a token would be left for the turn
+            is_full = len(behind.ids) >= self.max_model_tokens
+        else:
+            is_full = episode.num_tokens + len(behind.ids) >= max_tokens
+        if is_full:  # not a token would be left for the turn
             episode.finish_reason = FinishReason.length
         else:
-            episode.tell(behind.ids, text, role=self.settings.observation_role.value, is_cut=is_cut)
-            episode.rendered = behind.rendered
+            episode.tell(behind, text, role=self.settings.observation_role.value, is_cut=is_cut)
 
     def _leave(self, episode: Episode) -> None:
         assert episode.worker is not None  # it is over once
@@ -336,7 +377,7 @@ class EpisodeSampler(Sampler):
                     prompt=episode.prompt.text,
                     completion=episode.answer,
                     columns=episode.prompt.columns | {TRANSCRIPT: episode.transcript},
-                    completion_ids=episode.own_ids,
+                    completion_ids=[token for piece in episode.pieces for token in piece.own_ids],
                     messages=episode.prompt.messages,
                     source=episode.prompt.source,
                 )
@@ -384,7 +425,7 @@ def read_prompts(
         [start] = environment.begin([(prompt.columns, 0)])
         if isinstance(start, Failure):
             raise ConfigError(
-                f"environment.env={settings.entry}: reset() of the row {prompt.id} failed: {start.message}. Its columns are "
+                f"environment.env={environment.entry}: reset() of the row {prompt.id} failed: {start.message}. Its columns are "
                 f"{', '.join(prompt.columns)}."
             )
         environment.end(start[0])
@@ -412,4 +453,5 @@ def make_sampler(
         settings=settings,
         history=History(tokenizer, role=settings.observation_role.value, tools=environment.tools),
         max_prompt_tokens=config.max_prompt_tokens,
+        max_model_tokens=config.max_model_tokens,
     )

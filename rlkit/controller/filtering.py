@@ -9,7 +9,7 @@ import numpy as np
 
 from rlkit.controller.sampling import Sampled
 from rlkit.data.collate import group_index
-from rlkit.types import FinishReason, RewardStatus, Rollout
+from rlkit.types import FinishReason, Origin, RewardStatus, Rollout
 
 
 def trainable(rollouts: Sequence[Rollout], *, at_least: int) -> tuple[list[Rollout], Counter[str]]:
@@ -38,7 +38,11 @@ def rollout_metrics(sampled: Sampled, kept: Sequence[Rollout], dropped: Counter[
         "length/max": float(lengths.max()),
         "length/frac_truncated": sum(r.finish_reason is FinishReason.length for r in rollouts) / len(rollouts),
         "group/dropped": float(dropped["group"]),
+        "data/issued": float(sampled.num_prompts),
+        "data/kept": float(len({rollout.group_id for rollout in rollouts})),
     }
+    metrics |= turn_metrics(rollouts)
+    metrics |= {f"data/{name}": float(count) for name, count in sampled.counts.items()}
     statuses = Counter(rollout.status for rollout in rollouts)
     metrics |= {f"reward/{s.value}": float(statuses[s]) for s in RewardStatus if statuses[s] and s is not RewardStatus.ok}
     if kept:
@@ -56,3 +60,17 @@ def rollout_metrics(sampled: Sampled, kept: Sequence[Rollout], dropped: Counter[
             "group/frac_zero_std": float(np.mean(np.array(spread) == 0)),
         }
     return metrics
+
+
+def turn_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Of rollouts with turns: how many, how much of a response is the environment's, and what had to be cut."""
+    played = [rollout for rollout in rollouts if rollout.transcript and len(rollout.turn_index)]
+    if not played:
+        return {}
+    told = np.concatenate([rollout.origin for rollout in played]) == Origin.environment
+    return {
+        "environment/turns_mean": float(np.mean([rollout.turn_index[-1] + 1 for rollout in played])),
+        "environment/turns_max": float(max(rollout.turn_index[-1] + 1 for rollout in played)),
+        "environment/token_fraction": float(told.mean()),
+        "environment/cut_observations": float(sum("cut" in each for rollout in played for each in rollout.transcript or ())),
+    }

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
-from rlkit.controller.sampling import Sampled, Submitted
+from rlkit.controller.feed import Drawn
+from rlkit.controller.sampling import Sampled
 
 
 class Lookahead:
@@ -21,8 +22,8 @@ class Lookahead:
 
     def __init__(
         self,
-        submit: Callable[[int], Submitted],
-        collect: Callable[[int, Submitted], Sampled],
+        submit: Callable[[int], Drawn],
+        collect: Callable[[int, Drawn], Sampled],
         *,
         num_steps: int,
         max_staleness: int,
@@ -32,7 +33,7 @@ class Lookahead:
         self._submit, self._collect = submit, collect
         self._num_steps, self._max_staleness = num_steps, max_staleness
         self._batches: dict[int, Future[Sampled]] = {}
-        self._waiting: queue.SimpleQueue[tuple[int, Future[Sampled], Submitted] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[int, Future[Sampled], Drawn] | None] = queue.SimpleQueue()
         for step, sampled in (ready or {}).items():
             self._batches[step] = Future()
             self._batches[step].set_result(sampled)

@@ -38,6 +38,7 @@ from rlkit.controller.preparation import (
     choose,
     correct,
     divergence_part,
+    episode_parts,
     filtered,
     joined,
     narrow,
@@ -151,6 +152,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             sampling=sampling,
             drawn_before=drawn_before,
             heat=lambda: config.tempering.temperature(run.progress.tempering),
+            known=lambda: run.progress.curriculum,
         )
         ahead = Lookahead(
             feed.submit,
@@ -303,6 +305,8 @@ class Run:
         else:
             self.tracker.message(f"Step {step}: no group has enough scored samples, so nothing was learnt from it.")
         self.progress.step, self.progress.prompts_drawn = step, self.progress.prompts_drawn + sampled.num_prompts
+        self.progress.curriculum = sampled.curriculum
+        metrics |= {f"data/{name}": value for name, value in self.config.curriculum.metrics(sampled.curriculum).items()}
         with clock.time("sync"):
             metrics |= self.follow()
         report = self.sync()
@@ -377,6 +381,8 @@ class Run:
         of earlier steps, which no strategy takes for a measurement of the policy."""
         config, num_main = self.config, len(rollouts)
         rollouts = [*rollouts, *stored, *tempered]
+        parts = episode_parts(config, rollouts)
+        rollouts += [part for part, _ in parts]
         scores = None if self.reference is None else self.reference.score(rollouts)
         batch = collate(
             rollouts,
@@ -392,7 +398,8 @@ class Run:
             batch = replace(batch, old_logprobs=batch.rollout_logprobs)
         if "values" in config.needs:
             batch = replace(batch, **self.learner.values(batch))
-        batch, metrics = with_advantages(config, batch, rollouts, self.weights(), divergence=divergence)
+        owners = [owner for _, owner in parts]
+        batch, metrics = with_advantages(config, batch, rollouts, self.weights(), divergence=divergence, owners=owners)
         batch, dropped = filtered(config, batch, truncated(rollouts))
         batch, taken = self.temper(batch, num_main)
         if num_main:

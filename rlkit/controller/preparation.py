@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rlkit.config import RunConfig
+from rlkit.config import RunConfig, choice_of
 from rlkit.controller.reweighting import reward_gains, reweighted
+from rlkit.core.advantages import RewardComponent
 from rlkit.core.aepo import Aepo, TemperedUse, TemperingState
 from rlkit.core.apo import first_advantages
 from rlkit.core.copo import answer_entropy
@@ -18,7 +20,9 @@ from rlkit.core.selectors import NoTokenFilter, Selector
 from rlkit.core.shaping import without_truncated
 from rlkit.core.weights import TokenWeight
 from rlkit.data.collate import group_index, token_rewards
+from rlkit.errors import ConfigError
 from rlkit.metrics import Max, Mean, Metric, Min
+from rlkit.settings import WeightedRewards
 from rlkit.types import Rollout, TrainBatch
 
 
@@ -31,6 +35,27 @@ def shaped_rewards(config: RunConfig, rollouts: Sequence[Rollout], weights: Mapp
         if gained is not None:
             rewards[torch.arange(len(rollouts)), (lengths - 1).clamp(min=0)] += gained
     return rewards
+
+
+def reward_components(config: RunConfig, rollouts: Sequence[Rollout]) -> dict[str, RewardComponent]:
+    """The reward's named parts, in the order that they first occur in. Raises ConfigError where no rollout has any.
+
+    Stored parts have their weights in them; they are taken out, so that an estimator can normalise first and weigh then.
+    """
+    names = dict.fromkeys(name for rollout in rollouts for name in rollout.reward_components)
+    if not names:
+        raise ConfigError(
+            f"advantage={choice_of('advantage', config.advantage)}: it learns from the parts of the reward, and the reward "
+            "function gave one number without parts. Write reward=weighted with "
+            "reward.fns={right:my_rewards.py:exact,form:format}, or return a dict of named parts, or write advantage=grpo."
+        )
+    weights = config.reward.weights if isinstance(config.reward, WeightedRewards) else {}
+    found = {}
+    for name in names:
+        weight = weights.get(name, 1.0)
+        parts = [rollout.reward_components.get(name, math.nan) / weight for rollout in rollouts]
+        found[name] = RewardComponent(rewards=torch.tensor(parts, dtype=torch.float64), weight=weight)
+    return found
 
 
 def sharpened(config: RunConfig, batch: TrainBatch) -> TrainBatch:
@@ -76,18 +101,28 @@ def with_advantages(
     weights: Mapping[str, float] | None = None,
     *,
     divergence: DivergencePart | None = None,
+    owners: Sequence[int] = (),
 ) -> tuple[TrainBatch, dict[str, float]]:
     """A batch of rollouts with its advantages [B, T], and what goes with them: a critic's targets, weights, a second advantage.
 
     `weights`: of the run's objectives; one that is not there weighs 1. The divergence's part comes last, behind every
-    normalisation, so that its coefficient means the same in each batch.
+    normalisation, so that its coefficient means the same in each batch. The last rows are parts of other rows' episodes, those of
+    `owners`, and have their advantage.
     """
     assert batch.rewards is not None  # collate put them there
     groups, mask = group_index(rollouts), batch.response_mask
+    rewards, whole = shaped_rewards(config, rollouts, weights), slice(batch.num_rows - len(owners))
+    old_values = None if batch.old_values is None else batch.old_values[whole]
+    components = {}
+    if "reward_components" in config.advantage.needs:
+        components["reward_components"] = reward_components(config, rollouts[whole])
     estimate = config.advantage(
-        token_rewards=shaped_rewards(config, rollouts, weights), response_mask=mask, group_ids=groups, values=batch.old_values
+        token_rewards=rewards[whole], response_mask=mask[whole], group_ids=groups[whole], values=old_values, **components
     )
     advantages, metrics = estimate.advantages, {}
+    if owners:
+        of_episode = first_advantages(advantages, mask[whole])[torch.tensor(owners)]
+        advantages = torch.cat([advantages, of_episode.unsqueeze(-1) * mask[batch.num_rows - len(owners) :]])
     given = {"response_mask": mask, "rewards": batch.rewards, "group_ids": groups}
     if (by_row := config.advantage_weights(advantages=advantages, **given)) is not None:
         advantages = advantages * by_row.unsqueeze(-1)
@@ -105,6 +140,21 @@ def with_advantages(
         metrics |= {"copo/h_mean": float(entropy.mean()), "copo/s_mean": float(blend.weight.mean())}
         batch = replace(batch, prompt_advantages=blend.advantages, local_weight=blend.weight)
     return reweighted(config.objective_weights, batch, rollouts, weights or {}), metrics
+
+
+def episode_parts(config: RunConfig, rollouts: Sequence[Rollout]) -> list[tuple[Rollout, int]]:
+    """Earlier turns that are rows of their own, each with the row of its episode, whose advantage it takes. Raises ConfigError
+    where something that is chosen would count an episode several times, or has an advantage for each token."""
+    parts = [(part, row) for row, rollout in enumerate(rollouts) for part in rollout.parts]
+    if not parts:
+        return []
+    why = "the model's chat template rewrites earlier turns, so an episode becomes several rows"
+    if not config.compares_groups:
+        raise ConfigError(f"advantage={choice_of('advantage', config.advantage)}: {why} with one advantage. Write advantage=grpo.")
+    for group in ("advantage_weights", "divergence_weights", "prompt_advantage", "objective_weights", "tempering", "imitation"):
+        if (chosen := choice_of(group, getattr(config, group))) != "none":
+            raise ConfigError(f"{group}={chosen}: {why}, and would count as often. Write {group}=none, or another chat template.")
+    return parts
 
 
 def correct(correction: Correction, batch: TrainBatch) -> tuple[TrainBatch, dict[str, Metric]]:

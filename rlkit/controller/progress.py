@@ -9,6 +9,7 @@ from rlkit.config import RunConfig
 from rlkit.controller.evaluate import Evaluation
 from rlkit.core.aepo import TemperingState
 from rlkit.core.control import ControlState, Fixed
+from rlkit.core.curriculum import CurriculumState
 from rlkit.core.entropy import EntropyState
 from rlkit.core.recap import Judged, ObjectivesState
 from rlkit.core.safe import NoSafeguard, SafeState
@@ -74,6 +75,7 @@ class Progress:
     safeguard: SafeState  # the safeguard
     tempering: TemperingState  # and the tempering
     objectives: ObjectivesState  # how each objective went
+    curriculum: CurriculumState  # how often each prompt was solved
     step: int = 0  # finished
     prompts_drawn: int = 0  # by the finished steps
     before: Evaluation | None = None  # the first evaluation
@@ -92,6 +94,7 @@ class Progress:
             safeguard=config.safeguard.initial(),
             tempering=config.tempering.initial(),
             objectives=config.objective_weights.initial(),
+            curriculum=config.curriculum.initial(),
         )
 
     def having_seen(self, config: RunConfig, batch: TrainBatch) -> Progress:
@@ -152,6 +155,7 @@ class Progress:
             "safeguard": asdict(self.safeguard),
             "tempering": asdict(self.tempering),
             "objectives": asdict(self.objectives),
+            "curriculum": asdict(self.curriculum),
             "before": None if self.before is None else self.before.to_json(),
             "after": None if self.after is None else self.after.to_json(),
             "evaluated_at": self.evaluated_at,
@@ -179,6 +183,7 @@ class Progress:
             safeguard=replace(start.safeguard, **stored["safeguard"]),
             tempering=replace(start.tempering, **stored["tempering"]),
             objectives=replace(start.objectives, **stored["objectives"]),
+            curriculum=replace(start.curriculum, **stored.get("curriculum", {})),  # older checkpoints of this format have none
             **evaluations,
             **plain,
         )

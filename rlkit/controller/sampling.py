@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rlkit.controller.dispatch import Ticket
 from rlkit.controller.fleet import Engines, Generation
+from rlkit.core.curriculum import CurriculumState
 from rlkit.data.rewards.pool import RewardItem
 from rlkit.data.rewards.weighted import Rewards
 from rlkit.types import Completion, Prompt, Rollout, SampleRequest, SamplingSpec, single_turn_rollout
@@ -32,9 +33,11 @@ class Sampled:
     rollouts: list[Rollout]
     generate_s: float
     reward_s: float
-    num_prompts: int  # drawn for it
+    num_prompts: int  # places of the order that it took
     environment_s: float = 0.0  # that the environment took between the turns
     tempered: Sequence[Rollout] = ()  # further samples of some of its prompts, at another temperature
+    counts: Mapping[str, int] = field(default_factory=dict)  # of the prompts that did not come this far, by why
+    curriculum: CurriculumState = field(default_factory=CurriculumState)  # with what it says of its prompts
 
     @classmethod
     def again(cls, rollouts: list[Rollout]) -> Sampled:

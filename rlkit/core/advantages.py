@@ -1,6 +1,7 @@
 """Rewards -> advantages."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Self
@@ -32,7 +33,8 @@ class Advantage(ABC):
     ) -> Estimate:
         """token_rewards, response_mask (bool), values: [B, T]; group_ids: [B] int64, equal for responses to one prompt.
 
-        Takes a whole batch of rollouts: statistics of a part of it would depend on how it was cut.
+        Takes a whole batch of rollouts: statistics of a part of it would depend on how it was cut. One whose `needs` name
+        reward_components is given them by that keyword as well.
         """
 
 
@@ -76,6 +78,54 @@ class GroupNormalized(GroupBaseline):
         """[B]."""
         std = (groups.sum(groups.deviation.square()) / (groups.size - 1).clamp(min=1)).sqrt()
         return groups.deviation / (std + self.std_eps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardComponent:
+    """A named part of the reward, as its function gave it, and what multiplies it in the sum."""
+
+    rewards: Tensor  # [B], NaN in the rows that have no such part
+    weight: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class ComponentNormalized(GroupNormalized):
+    """Each part of the reward normalised within its group, and their weighted sum over the batch (GDPO).
+
+        A_k = (r_k - mean_k) / (std_k + std_eps)      over the group's rows that have part k; 0 in the others
+        S   = sum_k weight_k * A_k
+        A   = (S - mean) / (std + std_eps)            over the batch's rows that have any part; 0 in the others
+
+    GRPO sums first, so that rewards of (1, 0) and (0, 1) are one and the same, and a part of a wide range drowns the others. A part
+    that is constant in a group adds exactly 0 to it. Rows count once, however long; both std have Bessel's correction. What
+    token_rewards hold beside the parts is not seen. Source: arXiv:2601.05242; weights as in TRL (`normalize_then_sum`).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"reward_components"})
+
+    def __call__(
+        self,
+        *,
+        token_rewards: Tensor,
+        response_mask: Tensor,
+        group_ids: Tensor,
+        values: Tensor | None = None,
+        reward_components: Mapping[str, RewardComponent] | None = None,
+    ) -> Estimate:
+        """Shapes as in the base class; values are not used, and token_rewards only for their type."""
+        assert reward_components is not None, "ComponentNormalized needs reward_components"
+        # In float64: where parts cancel, what is left of rounding would be blown up by the batch's deviation.
+        total = torch.zeros(len(response_mask), dtype=torch.float64, device=response_mask.device)
+        has_part = torch.zeros_like(total, dtype=torch.bool)
+        for component in reward_components.values():
+            rewards = component.rewards.detach().to(total)
+            member = response_mask.any(-1) & ~rewards.isnan()
+            total += component.weight * self.of_rows(Groups.of(rewards, group_ids, member))
+            has_part |= member
+        deviation = (total - _mean(total[has_part])).masked_fill(~has_part, 0.0)
+        std = (deviation.square().sum() / (has_part.sum() - 1).clamp(min=1)).sqrt()
+        advantages = (deviation / (std + self.std_eps)).to(token_rewards.dtype)
+        return Estimate(advantages=_on_every_token(advantages, response_mask))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -40,7 +40,12 @@ class StoredGroup:
         if not number:
             return list(self.rollouts)
         end = f"/again-{number}"
-        return [replace(each, sample_id=each.sample_id + end, group_id=each.group_id + end) for each in self.rollouts]
+
+        def again(rollout: Rollout) -> Rollout:
+            parts = tuple(again(part) for part in rollout.parts)
+            return replace(rollout, sample_id=rollout.sample_id + end, group_id=rollout.group_id + end, parts=parts)
+
+        return [again(rollout) for rollout in self.rollouts]
 
 
 @dataclass(kw_only=True, slots=True)

@@ -46,8 +46,12 @@ def evaluate(text: str) -> int | None:
 
 def is_right(digits: str, target: int, text: str) -> bool:
     """Whether `text` is an expression that uses each of `digits` ("3572") exactly once and equals `target`."""
-    value = evaluate(text)
-    return value is not None and value == target and sorted(text[::2]) == sorted(digits)
+    return uses_digits(digits, text) and evaluate(text) == target
+
+
+def uses_digits(digits: str, text: str) -> bool:
+    """Whether `text` is an expression that uses each of `digits` exactly once, whatever it equals."""
+    return evaluate(text) is not None and sorted(text[::2]) == sorted(digits)
 
 
 def right_answers(digits: str, target: int) -> list[str]:

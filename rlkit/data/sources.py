@@ -10,12 +10,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rlkit.data import comparison, expressions
+from rlkit.data import comparison, expressions, guessing
 from rlkit.errors import ConfigError, DataError, ResourceError
 from rlkit.settings import (
     ComparisonData,
     Data,
     ExpressionsData,
+    GuessingData,
     HuggingFaceData,
     JsonlData,
     MixtureData,
@@ -58,6 +59,9 @@ def read(settings: Data) -> Source:
             return _read_expressions(settings)
         case ComparisonData():
             return _read_comparison(settings)
+        case GuessingData():
+            games = guessing.rows(settings.highest, settings.size, settings.question.replace("{highest}", str(settings.highest)))
+            return Source(name="guessing", train=_numbered(games), held_out=None, chat=settings.chat)
         case ReasoningGymData():
             return _read_reasoning_gym(settings)
         case JsonlData():

@@ -13,6 +13,7 @@ from rlkit.controller.preparation import (
     filtered,
     joined,
     narrow,
+    reward_components,
     shaped_rewards,
     sharpened,
     weigh,
@@ -23,6 +24,7 @@ from rlkit.core.aepo import Aepo, TemperingState
 from rlkit.core.loss import Strategy
 from rlkit.core.ratios import IcePop, NoCorrection, Rejection, TruncatedIS
 from rlkit.data.collate import collate
+from rlkit.errors import ConfigError
 from rlkit.metrics import merge, values
 
 
@@ -194,6 +196,45 @@ def test_advantages_come_with_weights_and_a_second_one(make_rollout):
     torch.testing.assert_close(made.local_weight, torch.tensor(sigmoids), atol=1e-6, rtol=0)
     torch.testing.assert_close(made.prompt_advantages[:, 0], torch.tensor([1.0, 1.0, -1.0, -1.0]) * 0.5**0.5, atol=1e-5, rtol=0)
     assert metrics["copo/h_mean"] == 0.5
+
+
+def with_parts(make_rollout, parts):
+    """Two groups of two, or less, whose rewards are sums of these parts."""
+    return [
+        replace(make_rollout(row, [5], [6]), group_id=str(row // 2), reward=sum(found.values()), reward_components=found)
+        for row, found in enumerate(parts)
+    ]
+
+
+WEIGHTED = ["advantage=gdpo", "reward=weighted", "reward.fns={right:expressions,form:expression_form}"]
+WEIGHTED += ["reward.weights={form:-0.5}"]
+
+
+def test_parts_of_a_reward_come_with_their_weights_apart(make_rollout):
+    rollouts = with_parts(make_rollout, [{"right": 0.0, "form": 0.0}, {"right": 1.0, "form": -0.5}, {"form": 0.0}, {"form": -0.5}])
+    found = reward_components(compose(WEIGHTED), rollouts)
+    assert list(found) == ["right", "form"]
+    assert (found["right"].weight, found["form"].weight) == (1.0, -0.5)
+    assert found["form"].rewards.tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert found["right"].rewards[:2].tolist() == [0.0, 1.0]
+    assert found["right"].rewards[2:].isnan().all()
+    one = reward_components(compose(["advantage=gdpo", "reward.fn=expression_parts"]), rollouts)
+    assert one["form"].weight == 1.0
+    assert one["form"].rewards.tolist() == [0.0, -0.5, 0.0, -0.5]
+
+
+def test_gdpo_learns_from_the_parts(make_rollout):
+    rollouts = with_parts(make_rollout, [{"right": 0.0, "form": 0.0}, {"right": 1.0, "form": -0.5}, {"form": 0.0}, {"form": -0.5}])
+    made, _ = with_advantages(compose(WEIGHTED), collate(rollouts), rollouts)
+    # -+0.707107 for each part: sums -+0.353553 in both groups; squares 0.5, over 3: a deviation of 0.408248
+    expected = torch.tensor([-0.866025, 0.866025, 0.866025, -0.866025])
+    torch.testing.assert_close(made.advantages[:, 0], expected, rtol=0, atol=5e-6)
+
+
+def test_gdpo_without_parts_says_what_to_write(make_rollout):
+    rollouts = with_parts(make_rollout, [{}, {}])
+    with pytest.raises(ConfigError, match=r"^advantage=gdpo: it learns from the parts .* Write reward=weighted with reward\.fns="):
+        with_advantages(compose(["advantage=gdpo"]), collate(rollouts), rollouts)
 
 
 def test_a_pattern_says_what_the_answer_is():

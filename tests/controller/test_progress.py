@@ -86,6 +86,18 @@ def test_all_of_them_go_on_from_a_checkpoint_bit_for_bit():
     assert progress.coefficients.states["divergence"].num_nonfinite == 1
 
 
+def test_what_is_known_of_the_prompts_goes_on_too_and_a_checkpoint_without_it_is_read():
+    config = compose(["curriculum=pass_rate", "curriculum.smoothing=0.3"])
+    progress = Progress.start(config)
+    for rewards in ([1.0, 0.0, 0.0], [1.0, 1.0, 0.0]):
+        progress.curriculum = config.curriculum.update(progress.curriculum, [("a", rewards), ("b", [1.0])])
+    stored = json.loads(json.dumps(progress.to_json("f")))
+    assert Progress.from_json(stored, config, "f").curriculum == progress.curriculum
+    assert progress.curriculum.pass_rates["a"] == 0.3 * (1 / 3) + 0.7 * (2 / 3)
+    del stored["curriculum"]
+    assert Progress.from_json(stored, config, "f").curriculum == config.curriculum.initial()
+
+
 def test_a_controllers_group_says_what_it_moves():
     config = compose(CONTROLLED)
     assert isinstance(config.controlled["entropy"].control, PID)

@@ -169,6 +169,10 @@ REMEMBERING = {  # what a strategy remembers -> a run with it
     "how the divergence moved": ["safeguard=asymmetric", *KL],
     "which way the entropy is": ["tempering=aepo", "tempering.target=0.9"],
     "how far it is in the data": ["prompt_filter=dynamic", "prompt_filter.max_batches=0"],
+    "which prompts are solved": [
+        *("curriculum=pass_rate", "prompt_filter=dynamic", "prompt_filter.max_batches=0", "curriculum.min_accept=0.5"),
+        *("curriculum.retire_after=1", "curriculum.retire_from=0.1", "curriculum.revisit_every=2"),
+    ],
     "errors": ["entropy=bonus", "entropy.coef=0.0", "control=pid", "control.target=0.8"],
     "a multiplier": ["divergence_control=dual_log", "divergence_control.target=0.01", *KL],
     "three controllers": [
@@ -205,7 +209,7 @@ def test_what_a_strategy_remembers_is_there_after_a_resume(what, monkeypatch):
     fresh = loop.Progress.start(compose(settings)).to_json("")
     changed = {name for name, value in outcome("run", num_steps=3)["progress"].items() if value != fresh[name]}
     changed |= {name for name in ("replay",) if "replay=" in " ".join(settings) and outcome("run", num_steps=3)[name]}
-    assert changed & {"entropy", "safeguard", "tempering", "coefficients", "prompts_drawn", "objectives", "replay"}
+    assert changed & {"entropy", "safeguard", "tempering", "coefficients", "prompts_drawn", "objectives", "curriculum", "replay"}
 
 
 MOVING = {  # rule -> how it is seen to move in four steps

@@ -214,6 +214,8 @@ def test_rollouts_are_stored_every_so_many_steps_with_tokens_text_reward_and_adv
         "prompt_ids": [1, 2, 3],
         "response_ids": [7, 8],
         "text": "answer 0",
+        "transcript": None,
+        "part_of": None,
         "finish_reason": "stop",
         "status": "ok",
         "reward": 1.0,

@@ -7,6 +7,7 @@ from rlkit.core.advantages import (
     GAE,
     AlphaMode,
     Baseline,
+    ComponentNormalized,
     DecoupledGAE,
     GroupCentered,
     GroupNormalized,
@@ -16,6 +17,7 @@ from rlkit.core.advantages import (
     Reinforce,
     ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
+    RewardComponent,
 )
 from rlkit.core.reduce import Aggregation, Denominators, reduce
 from rlkit.errors import ConfigError
@@ -163,6 +165,102 @@ def test_gpg_counts_neither_rows_without_a_token_nor_lone_rows_as_a_signal():
     got = GroupPolicyGradient()(token_rewards=token_rewards, response_mask=mask, group_ids=torch.tensor([0, 0, 1, 0])).advantages
     expected = torch.tensor([[0.5], [-0.5], [0.0], [0.0]], dtype=torch.float64) / (2 / 3 + 1e-5)
     torch.testing.assert_close(got, expected)
+
+
+def by_component(parts, group_ids, *, weights=(), mask=None, **settings):
+    """[B]: GDPO's advantage of each row's first token. parts: the rows' values of each part."""
+    weights = weights or [1.0] * len(parts)
+    components = {
+        str(number): RewardComponent(rewards=torch.as_tensor(part, dtype=torch.float64), weight=weight)
+        for number, (part, weight) in enumerate(zip(parts, weights, strict=True))
+    }
+    mask = torch.ones(len(group_ids), 3, dtype=torch.bool) if mask is None else mask
+    estimate = ComponentNormalized(**settings)(
+        token_rewards=torch.full(mask.shape, NAN, dtype=torch.float64),  # not looked at
+        response_mask=mask,
+        group_ids=torch.as_tensor(group_ids),
+        reward_components=components,
+    )
+    assert torch.equal(estimate.advantages, (estimate.advantages[:, :1] * mask))
+    return estimate.advantages[:, 0]
+
+
+def test_parts_are_normalised_in_their_groups_and_their_sum_over_the_batch():
+    # In a group of two, 0 and 1 become -+0.5 / sqrt(0.5) = -+0.707107. Both parts move in the first group, one in the second.
+    parts, ids = [[0, 1, 0, 1], [0, 1, 1, 1]], [0, 0, 1, 1]
+    # Sums -+1.414214 and -+0.707107; their squares make 5, over 3: a deviation of 1.290994
+    expected = torch.tensor([-1.095445, 1.095445, -0.547723, 0.547723], dtype=torch.float64)
+    torch.testing.assert_close(by_component(parts, ids), expected, rtol=0, atol=3e-6)
+    # The second part weighs half: sums -+1.060660 and -+0.707107, squares 3.25, over 3: a deviation of 1.040833
+    expected = torch.tensor([-1.019049, 1.019049, -0.679366, 0.679366], dtype=torch.float64)
+    torch.testing.assert_close(by_component(parts, ids, weights=[1.0, 0.5]), expected, rtol=0, atol=3e-6)
+    # GRPO on the sums of the parts cannot tell the two groups apart.
+    torch.testing.assert_close(*advantages(GroupNormalized(), [0, 2, 1, 2], ids).chunk(2), rtol=0, atol=2e-6)
+
+
+def test_the_range_of_a_part_does_not_matter_and_its_sign_and_weight_do():
+    a, b = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    ids = [0] * 4 + [1] * 4
+    plain = by_component([a, b], ids)
+    torch.testing.assert_close(by_component([100 * a + 7, b], ids), plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(by_component([a, -b], ids, weights=[1.0, -1.0]), plain, rtol=0, atol=1e-12)
+    assert not torch.allclose(by_component([a, b], ids, weights=[1.0, 3.0]), plain, atol=0.1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_one_part_it_is_grpo_up_to_the_batchs_normalisation(seed):
+    rewards = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    ids = torch.tensor([0, 1, 2] * 4)
+    grpo = advantages(GroupNormalized(), rewards, ids)
+    expected = (grpo - grpo.mean()) / (grpo.std() + 1e-6)
+    torch.testing.assert_close(by_component([rewards], ids), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(by_component([rewards], ids, weights=[4.0]), expected, rtol=0, atol=3e-6)
+    noise = torch.full((12,), 0.1)  # constant in every group
+    torch.testing.assert_close(by_component([rewards, noise], ids), expected, rtol=0, atol=1e-12)
+
+
+def test_parts_that_are_constant_or_cancel_each_other_leave_exactly_nothing():
+    ids = [0, 0, 0, 1, 1, 1]
+    assert by_component([[0.1] * 3 + [0.7] * 3, [1 / 3] * 6], ids).eq(0).all()
+    part = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    torch.testing.assert_close(by_component([part, -part], ids), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_a_part_that_a_row_has_not_adds_nothing_to_it_and_does_not_count_it():
+    a, b = [1.0, 0.0, 1.0, 0.0], [0.0, 1.0, NAN, NAN]
+    # a: -+0.5 / 0.577350 = -+0.866025; b in its two rows: -+0.707107. Sums 0.158919, -0.158919, 0.866025, -0.866025
+    # with squares of 1.550510, over 3: a deviation of 0.718913
+    expected = torch.tensor([0.221054, -0.221054, 1.204632, -1.204632], dtype=torch.float64)
+    torch.testing.assert_close(by_component([a, b], [0] * 4), expected, rtol=0, atol=5e-6)
+    ids = [0, 0, 0, 0, 0, 1, 1]  # beside a row and a group without any part
+    beside = by_component([[*a, NAN, NAN, NAN], [*b, NAN, NAN, NAN]], ids)
+    torch.testing.assert_close(beside[:4], expected, rtol=0, atol=5e-6)
+    assert beside[4:].eq(0).all()
+
+
+def test_rows_without_a_token_are_no_part_of_a_group_whatever_their_parts():
+    parts, mask = [[1.0, 0.0, 0.5, 50.0]], torch.tensor([[True, True]] * 3 + [[False, False]])
+    got = by_component(parts, [0] * 4, mask=mask)
+    torch.testing.assert_close(got[:3], by_component([[1.0, 0.0, 0.5]], [0] * 3), rtol=0, atol=1e-12)
+    assert got[3] == 0
+    assert by_component([[1.0]], [0], mask=torch.ones(1, 2, dtype=torch.bool)).eq(0).all()
+    assert len(by_component([[]], torch.zeros(0, dtype=torch.int64), mask=torch.zeros(0, 2, dtype=torch.bool))) == 0
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.3, -2.0], [1.0, 1.0, 1.0]])
+def test_it_is_trls_normalise_then_sum(weights):
+    """As in TRL's GRPOTrainer, with its NaN for a function that has no opinion, written out."""
+    generator = torch.Generator().manual_seed(10)
+    rewards = torch.randn(6, 4, 3, dtype=torch.float64, generator=generator)  # groups, responses, functions
+    rewards[1, :2, 1], rewards[2, 3, 2] = NAN, NAN
+    deviation = rewards - rewards.nanmean(1, keepdim=True)
+    count = (~rewards.isnan()).sum(1, keepdim=True)
+    std = (deviation.square().nansum(1, keepdim=True) / (count - 1)).sqrt()
+    total = (deviation / (std + 1e-4) * torch.tensor(weights, dtype=torch.float64)).nansum(-1).flatten()
+    expected = (total - total.mean()) / (total.std() + 1e-4)
+    ids = torch.arange(6).repeat_interleave(4)
+    got = by_component(list(rewards.reshape(24, 3).T), ids, weights=weights, std_eps=1e-4)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 def outcome_on_last_token(batch):
@@ -499,6 +597,12 @@ def test_only_estimators_with_a_critic_ask_for_values():
     assert all(estimator.needs == set() for estimator in ALL if estimator not in CRITIC_BASED)
 
 
+def test_without_parts_an_estimator_that_needs_them_says_so(ragged):
+    assert ComponentNormalized.needs == {"reward_components"}
+    with pytest.raises(AssertionError, match="needs reward_components"):
+        estimate(ComponentNormalized(), ragged)
+
+
 @pytest.mark.parametrize("estimator", CRITIC_BASED, ids=str)
 def test_without_values_an_estimator_with_a_critic_says_what_it_lacks(ragged, estimator):
     with pytest.raises(AssertionError, match="needs values"):
@@ -509,6 +613,7 @@ def test_without_values_an_estimator_with_a_critic_says_what_it_lacks(ragged, es
     ("estimator", "settings"),
     [
         (GroupNormalized, {"std_eps": 0.0}),
+        (ComponentNormalized, {"std_eps": 0.0}),
         (Reinforce, {"gamma": 0.0}),
         (Reinforce, {"gamma": 1.1}),
         (ReinforcePlusPlus, {"gamma": -1.0}),

@@ -51,6 +51,7 @@ _ROLLOUT_SCHEMA = pa.schema(
         "token_rewards": pa.list_(pa.float32()),
         "ref_version": pa.int64(),
         "num_uses": pa.int32(),
+        "part_of": pa.string(),  # the sample_id of the row whose episode it is an earlier part of
     }
 )
 
@@ -140,7 +141,10 @@ def write_rollouts(path: Path, rollouts: Sequence[Rollout], advantages: Sequence
     """One row a rollout. Raises DataError when there is not one advantage for each."""
     if len(rollouts) != len(advantages):
         raise DataError(f"{path.name}: {len(rollouts)} rollouts came with {len(advantages)} advantages. Send one for each.")
-    rows = [_row(rollout, float(advantage)) for rollout, advantage in zip(rollouts, advantages, strict=True)]
+    rows = []
+    for rollout, advantage in zip(rollouts, advantages, strict=True):
+        rows += [_row(part, float(advantage), part_of=rollout.sample_id) for part in rollout.parts]
+        rows.append(_row(rollout, float(advantage)))
     columns = {name: pa.array([row[name] for row in rows], type=_ROLLOUT_SCHEMA.field(name).type) for name in _ROLLOUT_SCHEMA.names}
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -150,23 +154,25 @@ def write_rollouts(path: Path, rollouts: Sequence[Rollout], advantages: Sequence
 
 def read_rollouts(path: Path) -> list[Rollout]:
     """What `write_rollouts` wrote."""
-    rollouts = []
+    rollouts: list[Rollout] = []
+    parts: dict[str, list[Rollout]] = {}  # by the sample_id of the rollout they are parts of
     for row in pq.read_table(path).to_pylist():
         del row["advantage"]
+        part_of = row.pop("part_of")
         arrays = {name: np.array(row[name], dtype=dtype) for name, dtype in _ARRAYS.items()}
-        rollouts.append(
-            Rollout(
-                **row
-                | arrays
-                | {
-                    "prompt_ids": tuple(row["prompt_ids"]),
-                    "finish_reason": FinishReason[row["finish_reason"]],
-                    "status": RewardStatus[row["status"]],
-                    "reward_components": json.loads(row["reward_components"]),
-                    "transcript": None if row["transcript"] is None else tuple(json.loads(row["transcript"])),
-                }
-            )
+        read = Rollout(
+            **row
+            | arrays
+            | {
+                "prompt_ids": tuple(row["prompt_ids"]),
+                "finish_reason": FinishReason[row["finish_reason"]],
+                "status": RewardStatus[row["status"]],
+                "reward_components": json.loads(row["reward_components"]),
+                "transcript": None if row["transcript"] is None else tuple(json.loads(row["transcript"])),
+                "parts": tuple(parts.get(row["sample_id"], ())),
+            }
         )
+        (rollouts if part_of is None else parts.setdefault(part_of, [])).append(read)
     return rollouts
 
 
@@ -193,9 +199,10 @@ def _evaluations(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.stem.removeprefix("step_")), path) for path in (run_dir / EVALUATIONS).glob("step_*.json"))
 
 
-def _row(rollout: Rollout, advantage: float) -> dict[str, Any]:
-    row = {name: getattr(rollout, name) for name in _ROLLOUT_SCHEMA.names if name != "advantage"}
+def _row(rollout: Rollout, advantage: float, *, part_of: str | None = None) -> dict[str, Any]:
+    row = {name: getattr(rollout, name) for name in _ROLLOUT_SCHEMA.names if name not in ("advantage", "part_of")}
     return row | {
+        "part_of": part_of,
         "finish_reason": rollout.finish_reason.name,
         "status": rollout.status.name,
         "reward_components": json.dumps(rollout.reward_components),

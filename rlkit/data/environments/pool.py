@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -14,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from rlkit.data.processes.channel import Channel, Unsendable, plain
 from rlkit.data.processes.user_code import locate, memory_mib
 from rlkit.data.sandbox.run import UNSAFE
 from rlkit.errors import ConfigError, DataError, ResourceError, RewardError
-from rlkit.settings import MultiTurn
+from rlkit.settings import GuessingGame, MultiTurn, PythonEnvironment, ToolEnvironment
 from rlkit.types import RewardStatus
 
 START_LIMIT_S = 60.0  # to start Python and import the environment
 POLL_S = 0.25  # how often a silent worker's memory is looked at
+OTHER_FILES = 1024  # that a run may have open
 EPISODES_PER_WORKER = 1000  # then it makes room for a fresh one
 
 
@@ -59,10 +61,12 @@ class EnvironmentPool:
         The kernel kills everything when the thread that called this ends.
         """
         self._settings, self._start_limit_s = settings, start_limit_s
+        self._entry, options = made_of(settings)
+        _make_room(settings.max_episodes_at_once)
         base_dir = base_dir.resolve()
-        locate("environment.env", settings.entry, base_dir)
+        locate("environment.env", self._entry, base_dir)
         self._budget = ErrorBudget(
-            f"environment.env={settings.entry}",
+            f"environment.env={self._entry}",
             key="environment.max_error_rate",
             limit=settings.max_error_rate,
             fix="Fix the environment, or what it depends on.",
@@ -71,8 +75,7 @@ class EnvironmentPool:
         self._idle: list[EpisodeWorker] = []
         self._busy: set[EpisodeWorker] = set()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arguments = [str(theirs.fileno()), str(os.getpid()), settings.entry, str(base_dir), json.dumps(settings.arguments)]
-        arguments = [str(theirs.fileno()), str(os.getpid()), settings.entry, str(base_dir), json.dumps(settings.arguments)]
+        arguments = [str(theirs.fileno()), str(os.getpid()), self._entry, str(base_dir), json.dumps(options)]
         with theirs:
             self._process = subprocess.Popen(
                 # -P: a json.py in base_dir must not stand in for Python's own.
@@ -149,6 +152,11 @@ class EnvironmentPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def entry(self) -> str:
+        """Where the environment's class is."""
+        return self._entry
+
     def _worker(self) -> EpisodeWorker:
         with self._lock:
             worker = self._idle.pop() if self._idle else self._fork()
@@ -156,24 +164,26 @@ class EnvironmentPool:
             return worker
 
     def _fork(self) -> EpisodeWorker:
-        try:
-            ours, theirs = socket.socketpair()
-            with theirs:
+        with ExitStack() as unused:
+            try:
+                ours, theirs = map(unused.enter_context, socket.socketpair())
                 socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
-                answer = self._hear()
-        except OSError as error:
-            if error.errno != errno.EMFILE:
-                raise ResourceError(f"The process that environments are forked from has ended: {error}.") from error
-            raise ResourceError(
-                f"{len(self._busy)} episodes at once use up this process's open files. Raise the limit (ulimit -n), or lower "
-                "prompts_per_step, group_size or evaluation.num_prompts."
-            ) from error
-        return EpisodeWorker(answer["pid"], Channel(ours))
+                pid = self._hear()["pid"]
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise ResourceError(f"The process that environments are forked from has ended: {error}.") from error
+                raise ResourceError(
+                    f"{len(self._busy)} episodes at once use up this process's open files. Raise the limit (ulimit -n), or lower "
+                    "environment.max_episodes_at_once."
+                ) from error
+            unused.pop_all()
+            theirs.close()
+        return EpisodeWorker(pid, Channel(ours))
 
     def _hear(self) -> dict[str, Any]:
         """What the process that forks says. Raises ConfigError where it says that it cannot start."""
         self._control.settimeout(self._start_limit_s)
-        entry = self._settings.entry
+        entry = self._entry
         try:
             said = self._control.recv(1 << 20)
         except TimeoutError:
@@ -245,7 +255,7 @@ class EnvironmentPool:
         if answer is None:
             return Failure(status=RewardStatus.error, message="its process ended within a turn")
         if "contract" in answer:
-            raise DataError(f"environment.env={self._settings.entry}: {answer['contract']}. Fix what it returns.")
+            raise DataError(f"environment.env={self._entry}: {answer['contract']}. Fix what it returns.")
         if "error" in answer:
             return Failure(status=RewardStatus.error, message=answer["error"]["summary"])
         return answer
@@ -268,8 +278,32 @@ class EnvironmentPool:
                 raise ResourceError(f"The process that environments are forked from has ended: {error}.") from error
 
 
+def made_of(settings: MultiTurn) -> tuple[str, dict[str, Any]]:
+    """Where an environment's class is (file.py:Class or package.module:Class), and what it is made with."""
+    match settings:
+        case PythonEnvironment():
+            return settings.env, settings.options
+        case ToolEnvironment():
+            options = {"functions": settings.tools, "call_format": settings.call_format.value, "max_turns": settings.max_turns}
+            return "rlkit.data.environments.tools:Tools", options
+        case GuessingGame():
+            return "rlkit.data.environments.guessing:Guessing", {"higher": settings.higher, "lower": settings.lower}
+        case _:
+            raise ConfigError(
+                f"environment={type(settings).__name__}: rlkit/data/environments/pool.py has no class for it. Add one."
+            )
+
+
 def _sent(row: Mapping[str, Any]) -> Any:
     try:
         return plain(dict(row))
     except Unsendable as kind:
         raise DataError(f"A row of the data holds {kind}, which cannot be sent to an environment. Store text or numbers.") from None
+
+
+def _make_room(num_episodes: int) -> None:
+    """Each episode holds a socket open, and the usual limit of 1024 is meant for less: up to what the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_episodes + OTHER_FILES
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

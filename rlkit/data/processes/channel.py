@@ -46,7 +46,9 @@ class Channel:
 
     def has_input(self) -> bool:
         """Whether something has arrived that `receive` has not returned."""
-        return bool(self._buffer) or bool(select.select([self._connection], [], [], 0)[0])
+        waiting = select.poll()  # select.select takes no descriptor above 1023, and where many episodes run there are such
+        waiting.register(self._connection, select.POLLIN)
+        return bool(self._buffer) or bool(waiting.poll(0))
 
     def _pop(self) -> dict[str, Any] | None:
         if len(self._buffer) < HEADER.size:

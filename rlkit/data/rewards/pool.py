@@ -23,7 +23,7 @@ from rlkit.data.rewards.functions import locate
 from rlkit.data.rewards.process import WorkerDied, WorkerGrew, WorkerHung, WorkerProcess
 from rlkit.data.rewards.signatures import AUTO, RewardSignature
 from rlkit.errors import ConfigError, DataError, RewardError, RlkitError
-from rlkit.settings import BY_VALUE, FunctionRewards, OnFailure
+from rlkit.settings import BY_VALUE, OnFailure, RewardSettings
 from rlkit.types import Prompt, RewardResult, RewardStatus
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class RewardPool:
     def __init__(
         self,
         fn: str,
-        settings: FunctionRewards,
+        settings: RewardSettings,
         *,
         base_dir: Path,
         convention: str = AUTO,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.data.rewards.signatures import AUTO
 from rlkit.errors import ConfigError
-from rlkit.settings import EnvironmentReward, Reward, RewardSettings, WeightedRewards
+from rlkit.settings import EnvironmentReward, Reward, RewardChoice, WeightedRewards
 from rlkit.types import Prompt, RewardResult, RewardStatus
 
 # Where functions disagree about a sample: what kept it from being scored comes first, then what was found wrong with it.
@@ -67,7 +67,7 @@ class Judge(Rewards, Protocol):
     def submit(self, items: Sequence[RewardItem]) -> Scoring: ...
 
 
-def open_functions(settings: RewardSettings, *, base_dir: Path, models: Mapping[str, Judge] | None = None) -> Rewards:
+def open_functions(settings: RewardChoice, *, base_dir: Path, models: Mapping[str, Judge] | None = None) -> Rewards:
     """Starts the workers and waits for them. Raises ConfigError for a function that cannot be found, imported or called.
 
     `models`: what scores for each of `reward.models`.

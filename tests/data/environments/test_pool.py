@@ -1,0 +1,285 @@
+"""Episodes in processes of their own: what one of them does is no other's concern."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlkit.data.environments.pool import EnvironmentPool, Failure
+from rlkit.errors import ConfigError, DataError, ResourceError, RewardError
+from rlkit.settings import PythonEnvironment
+from rlkit.types import RewardStatus
+
+ENVIRONMENTS = '''
+import os, random, re, signal, subprocess, sys, time
+import numpy as np
+from rlkit.data.environments import Step
+
+class Acts:
+    """Does what the policy says."""
+    def __init__(self, greeting=""):
+        self.greeting = greeting
+    def reset(self, row, seed):
+        self.row, self.said, self.luck = row, [], (random.random(), float(np.random.rand()))
+        if row.get("fail") == "reset": raise KeyError("the row is bad")
+        return self.greeting or None
+    def step(self, action):
+        self.said.append(action)
+        match action.split():
+            case ["sleep"]: time.sleep(100)
+            case ["spin"]:
+                while True: pass
+            case ["regex"]: re.match(r"(a+)+$", "a" * 60 + "b")  # C code that holds the interpreter's lock
+            case ["stop"]: os.kill(os.getpid(), signal.SIGSTOP)
+            case ["exit"]: os._exit(7)
+            case ["segfault"]: os.kill(os.getpid(), signal.SIGSEGV)
+            case ["sys.exit"]: sys.exit("bye")
+            case ["raise"]: return 1 / 0
+            case ["child"]: subprocess.run(["sleep", "1000"])
+            case ["grow"]:
+                hoard = []
+                while True: hoard.append(bytearray(b"x" * (8 << 20)))
+            case ["print"]: print("x" * 100_000)
+            case ["luck"]: return repr(self.luck), 0.0, False
+            case ["row"]: return repr(self.row), 0, False
+            case ["numpy"]: return Step("", np.float32(0.5), bool(np.bool_(True)))
+            case ["return", *what]: return eval(" ".join(what))
+        return "|".join(self.said), float(len(self.said)), action == "end"
+
+class NoStep:
+    def reset(self, row, seed): ...
+
+class Raises:
+    def __init__(self): raise RuntimeError("no such service")
+'''
+
+
+@pytest.fixture
+def open_pool(tmp_path):
+    (tmp_path / "worlds.py").write_text(ENVIRONMENTS)
+    pools = []
+
+    def build(name: str = "Acts", **settings) -> EnvironmentPool:
+        pools.append(EnvironmentPool(PythonEnvironment(env=f"worlds.py:{name}", **settings), base_dir=tmp_path))
+        return pools[-1]
+
+    yield build
+    for pool in pools:
+        pool.close()
+
+
+def begin(pool: EnvironmentPool, count: int = 1, **row):
+    started = pool.begin([(row, number) for number in range(count)])
+    assert not any(isinstance(each, Failure) for each in started)
+    return [each[0] for each in started if not isinstance(each, Failure)]
+
+
+def test_episodes_side_by_side_keep_their_own_state(open_pool):
+    pool = open_pool()
+    workers = begin(pool, 20)
+    for turn in range(3):
+        steps = pool.step([(worker, f"{number}.{turn}") for number, worker in enumerate(workers)])
+        assert [step.observation for step in steps] == ["|".join(f"{n}.{t}" for t in range(turn + 1)) for n in range(20)]
+        assert all((step.reward, step.done) == (turn + 1.0, False) for step in steps)
+    assert pool.step([(workers[3], "end")])[0].done
+
+
+def test_what_the_environment_is_given_and_says_at_the_start(open_pool):
+    pool = open_pool(options={"greeting": "hello"})
+    [(worker, opening)] = pool.begin([({"secret": 3, "tags": ("a", "b")}, 5)])
+    assert opening == "hello"
+    assert pool.step([(worker, "row")])[0].observation == "{'secret': 3, 'tags': ['a', 'b']}"
+    assert pool.step([(worker, "numpy")])[0] == ("", 0.5, True)
+    with pytest.raises(DataError, match="A row of the data holds a date, which cannot be sent to an environment"):
+        pool.begin([({"day": __import__("datetime").date(2020, 1, 1)}, 0)])
+
+
+def test_an_episode_is_the_same_for_the_same_seed_whatever_ran_before_it(open_pool):
+    pool = open_pool()
+
+    def luck(seed: int) -> str:
+        [(worker, _)] = pool.begin([({}, seed)])
+        [step] = pool.step([(worker, "luck")])
+        pool.end(worker)
+        return step.observation
+
+    first = luck(2**62 + 5)
+    assert luck(2**62 + 6) != first
+    assert luck(2**62 + 5) == first
+    assert len(pool.worker_pids) == 1  # one process after another episode in it
+
+
+@pytest.mark.parametrize("action", ["sleep", "spin", "regex", "stop", "child"])
+def test_an_episode_that_hangs_is_killed_alone(open_pool, action):
+    pool = open_pool(timeout_s=0.5)
+    workers = begin(pool, 4)
+    started = time.monotonic()
+    steps = pool.step([(worker, action if number == 2 else "go") for number, worker in enumerate(workers)])
+    assert time.monotonic() - started < 1.5
+    assert [step.observation for step in steps if not isinstance(step, Failure)] == ["go"] * 3
+    assert steps[2] == Failure(
+        status=RewardStatus.timeout, message="no answer within environment.timeout_s=0.5; its process was killed"
+    )
+    steps = pool.step([(worker, "on") for number, worker in enumerate(workers) if number != 2])
+    assert [step.observation for step in steps] == ["go|on"] * 3
+    assert len(pool.worker_pids) == 3
+    assert not Path(f"/proc/{workers[2].pid}").exists()
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ("exit", "its process ended within a turn"),
+        ("segfault", "its process ended within a turn"),
+        ("sys.exit", "SystemExit: bye"),
+        ("raise", "ZeroDivisionError: division by zero (worlds.py:"),
+    ],
+)
+def test_an_episode_that_crashes_is_an_error_of_its_own(open_pool, action, message):
+    pool = open_pool()
+    one, other = begin(pool, 2)
+    failed, fine = pool.step([(one, action), (other, "go")])
+    assert isinstance(failed, Failure)
+    assert failed.status is RewardStatus.error
+    assert message in failed.message
+    assert fine.observation == "go"
+    [(worker, _)] = pool.begin([({}, 0)])  # there is room for another
+    assert pool.step([(worker, "new")])[0].observation == "new"
+
+
+def test_an_episode_that_takes_too_much_memory_is_killed(open_pool):
+    pool = open_pool(max_worker_mib=256, timeout_s=20.0)
+    [failed] = pool.step([(begin(pool)[0], "grow")])
+    assert isinstance(failed, Failure)
+    assert failed.status is RewardStatus.error
+    assert failed.message.startswith("grew to ")
+    assert failed.message.endswith("above environment.max_worker_mib=256")
+
+
+def test_a_row_that_reset_cannot_take_is_a_failure_of_that_episode(open_pool):
+    pool = open_pool()
+    bad, good = pool.begin([({"fail": "reset"}, 0), ({}, 1)])
+    assert isinstance(bad, Failure)
+    assert "KeyError: 'the row is bad'" in bad.message
+    assert not isinstance(good, Failure)
+
+
+@pytest.mark.parametrize(
+    ("returned", "what"),
+    [
+        ("5", "step() returned a int (5), not"),
+        ("('', 1.0)", "step() returned a tuple (('', 1.0)), not"),
+        ("(3, 1.0, True)", "a int (3) for its observation"),
+        ("('', 'much', True)", "a str ('much') for its reward"),
+        ("('', float('nan'), True)", "a float (nan) for its reward"),
+        ("('', 1.0, 'yes')", "a str ('yes') for done"),
+    ],
+)
+def test_a_broken_contract_stops_the_run(open_pool, returned, what):
+    pool = open_pool()
+    with pytest.raises(DataError, match=r"environment.env=worlds.py:Acts: .* Fix what it returns.") as caught:
+        pool.step([(begin(pool)[0], f"return {returned}")])
+    assert what in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("Gone", {}, "there is no Gone in it. It has Acts, NoStep, Raises"),
+        ("NoStep", {}, r"it has no step\(\). Write reset\(row, seed\) and step\(action\)"),
+        ("Raises", {}, "importing it raised RuntimeError: no such service"),
+        ("Acts", {"options": {"colour": 1}}, r"environment.options=\{'colour': 1\}: .* refuses them: .*colour"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_when_the_pool_opens(open_pool, name, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        open_pool(name, **settings)
+
+
+def test_a_missing_file_is_refused_and_slow_imports_too(tmp_path):
+    with pytest.raises(ConfigError, match=r"environment.env=maze.py:Maze: there is no file"):
+        EnvironmentPool(PythonEnvironment(env="maze.py:Maze"), base_dir=tmp_path)
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(100)\nclass A: ...\n")
+    with pytest.raises(RewardError, match=r"importing it took longer than 0.5 s"):
+        EnvironmentPool(PythonEnvironment(env="slow.py:A"), base_dir=tmp_path, start_limit_s=0.5)
+
+
+def test_too_many_failed_episodes_stop_the_run(open_pool):
+    pool = open_pool()
+    for number in range(7):
+        pool.count(f"s{number}", Failure(status=RewardStatus.error, message="it broke"))
+    with pytest.raises(RewardError, match=r"8 of the last 8 samples failed, .*environment.max_error_rate=0.2.*sample s0: it broke"):
+        pool.count("s7", Failure(status=RewardStatus.error, message="again"))
+    pool = open_pool()
+    pool.count("fine", None)
+    for number in range(20):
+        pool.count(f"s{number}", Failure(status=RewardStatus.error, message="it broke"))  # could still be few of 200
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_after_many_failures_nothing_is_left_and_room_is_as_before(open_pool):
+    pool = open_pool(timeout_s=0.2, max_calls_at_once=16)
+    [worker] = begin(pool)
+    pool.end(worker)
+    before = len(os.listdir("/proc/self/fd"))
+    seen: set[int] = set()
+    for _ in range(5):
+        workers = begin(pool, 32)
+        seen |= {worker.pid for worker in workers}
+        steps = pool.step([(worker, ("spin", "exit", "raise", "go")[number % 4]) for number, worker in enumerate(workers)])
+        fine = [worker for worker, step in zip(workers, steps, strict=True) if not isinstance(step, Failure)]
+        assert len(fine) == 8
+        for worker in fine:
+            pool.end(worker)
+    kept = pool.worker_pids
+    assert len(kept) == 8
+    assert sorted(alive([*seen])) == sorted(kept)  # not even as zombies
+    assert len(os.listdir("/proc/self/fd")) == before + 7  # a socket each
+    pool.close()
+    assert not alive([*seen])
+    assert len(os.listdir("/proc/self/fd")) == before - 2  # with that of the process they were forked from
+
+
+def test_everything_goes_with_the_process_that_trains(tmp_path):
+    (tmp_path / "worlds.py").write_text(ENVIRONMENTS)
+    code = (
+        "import json, time\nfrom pathlib import Path\nfrom rlkit.data.environments.pool import EnvironmentPool\n"
+        "from rlkit.settings import PythonEnvironment\n"
+        "pool = EnvironmentPool(PythonEnvironment(env='worlds.py:Acts'), base_dir=Path('.'))\n"
+        "pool.begin([({}, n) for n in range(3)])\nprint(json.dumps(pool.worker_pids), flush=True)\ntime.sleep(100)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pids = json.loads(process.stdout.readline())
+    assert len(alive(pids)) == 3
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    end = time.monotonic() + 5
+
+    def running(pid: int) -> bool:  # whoever inherits them may leave them as zombies
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    while any(map(running, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if running(pid)]
+
+
+def test_the_death_of_the_process_they_are_forked_from_is_loud(open_pool):
+    pool = open_pool()
+    [worker] = begin(pool)
+    os.killpg(pool._process.pid, signal.SIGKILL)
+    with pytest.raises(ResourceError, match=r"has ended|ended while"):
+        pool.begin([({}, 0), ({}, 1)])
+    del worker
