@@ -19,7 +19,7 @@ COMMANDS = {
     "train": "train a policy",
     "eval": "evaluate a checkpoint on held-out prompts",
     "compare": "set runs side by side: settings, figures, curves",
-    "reward": "try a reward function on rows of data",
+    "reward": "try a reward function on rows of data, or fit a reward model to pairs",
     "choices": "list everything that can be chosen and set",
     "divergences": "measure what every divergence, estimator and place descends",
     "model": "build or fetch the models that rlkit knows by name",
@@ -100,12 +100,24 @@ COMPARE_EXAMPLES = """examples:
 REWARD = """Try a reward function on rows of data, before any model is loaded.
 
 Each row's own answer, another row's, its column `completion` or `completions` if it has one, and on the first row what a policy
-comes up with sooner or later: nothing, endless text, broken markup, numbers without end. The first line says what is wrong."""
+comes up with sooner or later: nothing, endless text, broken markup, numbers without end. The first line says what is wrong.
+`rlkit reward fit --help` is about reward models."""
 
 REWARD_EXAMPLES = """examples:
   rlkit reward test my_rewards.py:exact --data train.jsonl
   rlkit reward test gsm8k --data train.jsonl --prompt-column question
   rlkit reward test my_rewards.py:score --data train.jsonl --signature verl --json
+"""
+
+REWARD_FIT = """Fit a reward model to pairs of responses (Bradley-Terry, with TRL's RewardTrainer).
+
+A line of the file is {"prompt": ..., "chosen": ..., "rejected": ...}, in text or in chat messages. A tenth of the prompts is held
+out, and the share of their pairs that the model orders rightly is printed. `rlkit train reward=model reward.path=<out>` trains
+with it."""
+
+REWARD_FIT_EXAMPLES = """examples:
+  rlkit reward fit --data pairs.jsonl --model Qwen/Qwen3-0.6B --out my-reward-model
+  rlkit reward fit --data pairs.jsonl --model tiny --learning-rate 1e-3 --out tiny-reward-model
 """
 
 
@@ -276,10 +288,11 @@ def resumed_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
 def rehearse(config: RunConfig) -> None:
     """`dry_run=true`: everything short of starting a worker. The model's files, the reward function and every row are looked at."""
     from rlkit.controller.episodes import open_environment, read_prompts
+    from rlkit.controller.local import InProcessCluster
+    from rlkit.controller.rewards import open_rewards
     from rlkit.data.models.loading import load_tokenizer, num_parameters, resolve
     from rlkit.data.models.lora import num_adapter_parameters
     from rlkit.data.models.reference import check_reference, held_models
-    from rlkit.data.rewards.weighted import open_rewards
     from rlkit.schedule import schedule
     from rlkit.settings import LoraLearner
 
@@ -287,10 +300,11 @@ def rehearse(config: RunConfig) -> None:
     adapters = num_adapter_parameters(folder, config.learner) if isinstance(config.learner, LoraLearner) else 0
     check_reference(config)
     scored = sum(num_parameters(each) for each in held_models(config))
-    print(schedule(config, num_parameters(folder), adapters, scored))
+    judging = sum(num_parameters(resolve(path, key=key)) for key, path in config.reward.model_paths.items())
+    print(schedule(config, num_parameters(folder), adapters, scored, judging))
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-    base_dir = Path.cwd()
-    with open_rewards(config.reward, base_dir=base_dir) as rewards, open_environment(config, base_dir=base_dir) as environment:
+    base_dir, nobody = Path.cwd(), InProcessCluster()  # of which no worker is asked for
+    with open_rewards(config, nobody, base_dir=base_dir) as rewards, open_environment(config, base_dir=base_dir) as environment:
         prompts = read_prompts(config, tokenizer, rewards, environment)
     print(f"{len(prompts.train):,} prompts to train on, {len(prompts.held_out):,} held out. Nothing was started: dry_run=true.")
 
@@ -338,6 +352,8 @@ def command_compare(arguments: Sequence[str]) -> int:
 
 def command_reward(arguments: Sequence[str]) -> int:
     """A reward function's trial. The exit code is that of bad data when a call failed."""
+    if arguments[:1] == ["fit"]:
+        return command_reward_fit(arguments[1:])
     parser = _parser("rlkit reward", REWARD, REWARD_EXAMPLES)
     parser.add_argument("action", choices=["test"])
     parser.add_argument("fn", help="a name in reward_fns/, or file.py:function, or package.module:function")
@@ -368,6 +384,35 @@ def command_reward(arguments: Sequence[str]) -> int:
     )
     print(json.dumps(trial.to_json(), indent=2) if given.json else trial)
     return 0 if trial.is_sound else DataError.exit_code
+
+
+def command_reward_fit(arguments: Sequence[str]) -> int:
+    """A reward model from pairs."""
+    parser = _parser("rlkit reward fit", REWARD_FIT, REWARD_FIT_EXAMPLES)
+    parser.add_argument("--data", type=Path, required=True, help="a file of JSON lines: prompt, chosen, rejected")
+    parser.add_argument("--model", required=True, help="what it starts from: tiny, a folder in Hugging Face format, or a hub id")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, which does not exist yet")
+    parser.add_argument("--steps", type=int, default=200, help="optimiser steps (default: 200)")
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-5, help="default: 1e-5; a tiny model takes a hundred times as much"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs in a step (default: 16)")
+    parser.add_argument("--seed", type=int, default=0, help="of the new head and the order of the pairs (default: 0)")
+    if (given := _parse(parser, arguments)) is None:
+        return 0
+    from rlkit.data.models.reward_fit import fit
+
+    fitted = fit(
+        given.data,
+        given.model,
+        given.out,
+        steps=given.steps,
+        learning_rate=given.learning_rate,
+        batch_size=given.batch_size,
+        seed=given.seed,
+    )
+    print(fitted)
+    return 0
 
 
 def locate(folder: Path) -> tuple[Path, Path | None]:

@@ -124,6 +124,7 @@ from rlkit.settings import (
     LoraLearner,
     MixtureData,
     Model,
+    ModelReward,
     NoEvaluation,
     Optimizer,
     ParquetData,
@@ -342,7 +343,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "hf": HuggingFaceData,
         "reasoning_gym": ReasoningGymData,
     },
-    "reward": {"function": Reward, "weighted": WeightedRewards, "environment": EnvironmentReward},
+    "reward": {"function": Reward, "weighted": WeightedRewards, "model": ModelReward, "environment": EnvironmentReward},
     "shaping": {"none": NoShaping, "overlong": OverlongPenalty},
     "prompt_filter": {"none": NoPromptFilter, "dynamic": DynamicSampling},
     "curriculum": {"none": NoCurriculum, "pass_rate": PassRate},
@@ -605,6 +606,8 @@ def _what_to_write(key: str, group: DictConfig) -> str:
             return " Write environment.env=my_env.py:MyEnvironment, a class with reset and step."
         case "reward.fns":
             return " Write reward.fns={accuracy:numeric_match,form:format}."
+        case "reward.path":
+            return " Write reward.path=folder-or-hub-id of a reward model; `rlkit reward fit` makes one."
         case "data.task":
             return " Write data.task=chain_sum, or another task of reasoning-gym."
         case "reference.path":

@@ -11,11 +11,18 @@ BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 LEARNER_BYTES = 16  # of one parameter: float32 weight, gradient and AdamW's two moments
 
 
-def schedule(config: RunConfig, num_parameters: int, num_adapter_parameters: int = 0, num_reference_parameters: int = 0) -> str:
+def schedule(
+    config: RunConfig,
+    num_parameters: int,
+    num_adapter_parameters: int = 0,
+    num_reference_parameters: int = 0,
+    num_reward_parameters: int = 0,
+) -> str:
     """Prompts, samples, tokens, updates, workers and their memory in a few lines, then every setting as YAML.
 
     `num_adapter_parameters`: where it is not 0, they are all that is trained, and the model is frozen.
     `num_reference_parameters`: of the models that a reference holds; where it is 0, as the policy's.
+    `num_reward_parameters`: of the reward models.
     """
     facts = [
         ("policy", f"{config.model.path}, {config.model.dtype.name}"),
@@ -24,7 +31,7 @@ def schedule(config: RunConfig, num_parameters: int, num_adapter_parameters: int
         ("whole run", _run(config)),
         ("evaluation", _evaluation(config)),
         ("workers", _workers(config)),
-        ("memory", _memory(config, num_parameters, num_adapter_parameters, num_reference_parameters)),
+        ("memory", _memory(config, num_parameters, num_adapter_parameters, num_reference_parameters, num_reward_parameters)),
     ]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:<{width}}  {text}" for name, text in facts]
@@ -72,7 +79,10 @@ def _workers(config: RunConfig) -> str:
         _count(config.learner.num_ranks, "learner rank"),
     ]
     if isinstance(config.reward, RewardSettings):
-        workers.append(_count(config.reward.num_workers * len(config.reward.functions), "reward process", "reward processes"))
+        num_processes = config.reward.num_workers * len(config.reward.functions)
+        workers.append(_count(num_processes, "reward process", "reward processes"))
+    if config.reward.model_paths:
+        workers.append(_count(len(config.reward.model_paths), "reward model"))
     if isinstance(config.environment, MultiTurn):
         at_once = min(config.environment.max_episodes_at_once, config.samples_per_step)
         workers.append(f"up to {_count(at_once, 'environment process', 'environment processes')}")
@@ -81,7 +91,13 @@ def _workers(config: RunConfig) -> str:
     return f"{', '.join(workers)}; cluster={choice_of('cluster', config.cluster)}, placement={config.placement.name}"
 
 
-def _memory(config: RunConfig, num_parameters: int, num_adapter_parameters: int, num_reference_parameters: int) -> str:
+def _memory(
+    config: RunConfig,
+    num_parameters: int,
+    num_adapter_parameters: int,
+    num_reference_parameters: int,
+    num_reward_parameters: int,
+) -> str:
     """Of each worker, without activations, whose size depends on the model's code."""
     ranks, dtype = config.learner.num_ranks, config.model.dtype
     weights = num_parameters * BYTES[dtype]
@@ -92,6 +108,9 @@ def _memory(config: RunConfig, num_parameters: int, num_adapter_parameters: int,
     parts = [f"{_mib(weights + cache)} per engine", f"{_mib(learner)} and activations per learner rank"]
     if "ref_logprobs" in config.needs:
         parts.append(f"{_mib(_reference(config, num_reference_parameters or num_parameters))} for the reference")
+    if num_reward_parameters:
+        each = BYTES[getattr(config.reward, "dtype", Dtype.float32)]
+        parts.append(f"{_mib(num_reward_parameters * each)} for reward models")
     adapters = f", and {num_adapter_parameters / 1e6:,.2f} M of adapters" if num_adapter_parameters else ""
     return f"about {', '.join(parts)} ({num_parameters / 1e6:,.1f} M parameters{adapters})"
 

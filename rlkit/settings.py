@@ -15,6 +15,7 @@ from omegaconf import MISSING
 from rlkit.errors import ConfigError
 
 CONVENTIONS = ("rlkit", "trl", "verl", "verifiers", "plain")  # of reward functions, see rlkit/data/rewards/signatures.py
+STEP_SEPARATOR = "\n\n"  # of a response's steps, where nothing else is written
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output head
 
 
@@ -228,7 +229,12 @@ class RewardChoice:
     @property
     def functions(self) -> dict[str, str]:
         """The reward functions by the name that each is known by; one alone has no name."""
-        raise NotImplementedError
+        return {}
+
+    @property
+    def model_paths(self) -> dict[str, str]:
+        """The reward models by the setting that names each."""
+        return {}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -300,6 +306,7 @@ class WeightedRewards(RewardSettings):
     """Several reward functions per sample, each a named part; the reward is the weighted sum of those that judge its source."""
 
     fns: dict[str, str] = MISSING  # name: function, written as in reward.fn
+    models: dict[str, str] = field(default_factory=dict)  # name: outcome reward model, written as in reward=model reward.path
     weights: dict[str, float] = field(default_factory=dict)  # name: weight; 1 where nothing is written
     sources: dict[str, list[str]] = field(default_factory=dict)  # name: data sources that it judges; all where nothing is written
     signatures: dict[str, str] = field(default_factory=dict)  # name: convention; auto where nothing is written
@@ -308,14 +315,21 @@ class WeightedRewards(RewardSettings):
     def functions(self) -> dict[str, str]:
         return self.fns
 
+    @property
+    def model_paths(self) -> dict[str, str]:
+        return {f"reward.models.{name}": path for name, path in self.models.items()}
+
     def __post_init__(self):
         RewardSettings.__post_init__(self)
-        names = list(self.fns)
+        names, models = list(self.fns), list(self.models)
         strangers = [
             (False, f"reward.{key}.{name}: there is no such function in reward.fns. It has {', '.join(names)}.")
             for key in ("weights", "sources", "signatures")
             for name in getattr(self, key)
-            if name not in names
+            if name not in [*names, *(models if key != "signatures" else [])]
+        ]
+        strangers += [
+            (False, f"reward.models.{name}: reward.fns has a part of that name. Write another.") for name in models if name in names
         ]
         weights = [
             (math.isfinite(weight) and weight != 0, f"reward.weights.{name}={weight}: write a finite number other than 0.")
@@ -326,13 +340,61 @@ class WeightedRewards(RewardSettings):
         require(*weights, *conventions)
 
 
+class ModelKind(Enum):
+    """What a reward model says of a response."""
+
+    outcome = "outcome"  # one score, at its last token: a sequence classifier with one label (Bradley-Terry)
+    process = "process"  # a score for each step, at the separator behind it: a token classifier with one label, or two
+
+
+class StepReduction(Enum):
+    """How the scores of a response's steps become its reward."""
+
+    min = "min"  # the worst step
+    last = "last"
+    mean = "mean"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelReward(RewardChoice):
+    """A reward model in a worker of its own: a score of the response, or of each step of it (a process reward model)."""
+
+    path: str = MISSING  # a folder in Hugging Face format with a classification head, or a hub id; `rlkit reward fit` makes one
+    kind: ModelKind = ModelKind.outcome
+    step_separator: str = STEP_SEPARATOR  # between the steps of a response, for kind=process; as the model was trained with
+    reduce: StepReduction = StepReduction.min  # of the steps' scores, for kind=process
+    dtype: Dtype = Dtype.float32
+    trust_remote_code: bool = False  # lets the model's own Python code run on this machine
+    tokens_per_microbatch: int = 16384  # padding included
+    max_rows: int = 64  # of a microbatch
+    deadline_s: float = 600.0  # for one batch of responses
+
+    @property
+    def model_paths(self) -> dict[str, str]:
+        return {"reward.path": self.path}
+
+    def __post_init__(self):
+        tokens, rows, limit = self.tokens_per_microbatch, self.max_rows, self.deadline_s
+        is_process = self.kind is ModelKind.process
+        require(
+            (tokens >= 1, f"reward.tokens_per_microbatch={tokens}: no room for one token. Write 1 or more; 16384 is usual."),
+            (rows >= 1, f"reward.max_rows={rows}: no room for one response. Write 1 or more; 64 is usual."),
+            (0 < limit < math.inf, f"reward.deadline_s={limit}: no time to score. Write seconds above 0; 600 is usual."),
+            (bool(self.step_separator), "reward.step_separator='': it ends every step. Write the text between two steps."),
+            (
+                is_process or self.reduce is StepReduction.min,
+                f"reward.reduce={self.reduce.name}: an outcome model has no steps. Write reward.kind=process, or leave it away.",
+            ),
+            (
+                is_process or self.step_separator == STEP_SEPARATOR,
+                "reward.step_separator: an outcome model has no steps. Write reward.kind=process, or leave it away.",
+            ),
+        )
+
+
 @dataclass(kw_only=True, slots=True)
 class EnvironmentReward(RewardChoice):
     """What the environment gives for each turn, and nothing else."""
-
-    @property
-    def functions(self) -> dict[str, str]:
-        return {}
 
 
 def _known_convention(key: str, value: str) -> tuple[bool, str]:

@@ -6,7 +6,7 @@ Ragged, per-sample data (a prompt, a rollout) is numpy, which Ray moves without 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
 from hashlib import sha256
@@ -112,6 +112,8 @@ class RewardResult:
     reward: float | None = None
     components: dict[str, float] = field(default_factory=dict)
     message: str = ""  # the first line of what went wrong, or empty
+    # Parts of the reward that are earned before the response ends: (so many characters of it, part). The rest is earned at its end.
+    earned: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,12 +143,26 @@ class Rollout:
     parts: tuple[Rollout, ...] = ()  # earlier turns of the same episode, where the policy did not read them as it wrote them
 
 
-def single_turn_rollout(prompt: Prompt, completion: Completion, result: RewardResult, *, group_id: str, text: str) -> Rollout:
-    """A rollout whose response is one uninterrupted turn of the policy, with an outcome reward."""
+def single_turn_rollout(
+    prompt: Prompt,
+    completion: Completion,
+    result: RewardResult,
+    *,
+    group_id: str,
+    text: str,
+    earned: Iterable[tuple[int, float]] = (),
+) -> Rollout:
+    """A rollout whose response is one uninterrupted turn of the policy.
+
+    `earned`: parts of its reward that belong to single tokens, (token, part). What is left, an outcome's whole reward, sits on
+    the last token, so that the token rewards always sum to the reward.
+    """
     length = len(completion.response_ids)
-    token_rewards = np.zeros(length, dtype=np.float32)
+    token_rewards = np.zeros(length, dtype=np.float64)
     if result.reward is not None and length:
-        token_rewards[-1] = result.reward
+        for token, part in earned:
+            token_rewards[token] += part
+        token_rewards[-1] += result.reward - token_rewards.sum()
     return Rollout(
         sample_id=completion.sample_id,
         group_id=group_id,
@@ -159,7 +175,7 @@ def single_turn_rollout(prompt: Prompt, completion: Completion, result: RewardRe
         policy_version=completion.policy_version,
         turn_index=np.zeros(length, dtype=np.int64),
         origin=np.full(length, Origin.policy, dtype=np.int64),
-        token_rewards=token_rewards,
+        token_rewards=token_rewards.astype(np.float32),
         text=text,
         finish_reason=completion.finish_reason,
         reward=result.reward,

@@ -56,6 +56,44 @@ def random_model(tmp_path_factory) -> Callable[..., str]:
     return build
 
 
+@pytest.fixture(scope="session")
+def random_reward_model(random_model, tmp_path_factory) -> Callable[..., str]:
+    """A function (head, num_labels) -> the folder of a small reward model with random weights, and a token per character."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
+
+    classes = {"ForSequenceClassification": LlamaForSequenceClassification, "ForTokenClassification": LlamaForTokenClassification}
+    folders: dict[tuple[str, int], str] = {}
+
+    def build(head: str, num_labels: int = 1) -> str:
+        if (head, num_labels) not in folders:
+            folder = tmp_path_factory.mktemp(f"reward-{head}-{num_labels}")
+            config = LlamaConfig.from_pretrained(random_model(tied=True), num_labels=num_labels)
+            torch.manual_seed(1)
+            classes[head](config).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(random_model(tied=True)).save_pretrained(folder)
+            folders[head, num_labels] = str(folder)
+        return folders[head, num_labels]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def expression_pairs() -> Callable[[int], list[dict[str, str]]]:
+    """A function (count) -> rows for a reward model on the built-in task: a right answer, and one with a digit not given."""
+    from rlkit.data import expressions
+
+    def build(count: int) -> list[dict[str, str]]:
+        rng, rows = np.random.default_rng(0), []
+        for index in range(count):
+            row, answer = expressions.example(0, index)
+            place = 2 * int(rng.integers(expressions.NUM_DIGITS))
+            strange = str(rng.choice([digit for digit in expressions.DIGITS if digit not in row["digits"]]))
+            rows.append({"prompt": row["prompt"], "chosen": answer, "rejected": answer[:place] + strange + answer[place + 1 :]})
+        return rows
+
+    return build
+
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

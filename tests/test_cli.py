@@ -214,6 +214,16 @@ def test_a_dry_run_checks_everything_and_starts_nothing(
     assert list(in_folder.iterdir()) == []
 
 
+def test_a_pair_that_is_none_is_named_before_a_reward_model_is_fitted(in_folder: Path, capsys: pytest.CaptureFixture[str]):
+    (in_folder / "pairs.jsonl").write_text('{"prompt": "1:", "chosen": "2"}\n')
+    assert call("reward", "fit", "--data", "pairs.jsonl", "--model", "tiny", "--out", "fitted") == 2
+    assert capsys.readouterr().err == (
+        'error: --data pairs.jsonl: row 1 has no column rejected. Write {"prompt": ..., "chosen": ..., "rejected": ...} on each '
+        "line, in text or in chat messages.\n"
+    )
+    assert not (in_folder / "fitted").exists()
+
+
 def test_a_reward_function_is_tried_before_any_model_is_loaded(in_folder: Path, capsys: pytest.CaptureFixture[str]):
     (in_folder / "my.py").write_text("def fn(prompt, completion, answer):\n    return float(completion)\n")
     (in_folder / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')

@@ -23,6 +23,7 @@ REQUIRED = {
     "data.path": "data.path=rows.jsonl",
     "data.task": "data.task=chain_sum",
     "reward.fn": "reward.fn=expressions",
+    "reward.path": "reward.path=reward-model",
     "environment.env": "environment.env=worlds.py:World",
 }
 REQUIRED |= {"model.path": "model.path=tiny"}

@@ -32,6 +32,14 @@ def test_no_reference_where_no_strategy_needs_one():
     assert "reference;" not in schedule(compose(["evaluation=none"]), num_parameters=1)
 
 
+def test_a_reward_model_takes_the_place_of_reward_processes():
+    text = schedule(compose(["reward=model", "reward.path=x"]), num_parameters=2**20, num_reward_parameters=2**20)
+    assert "1 learner rank, 1 reward model; cluster=local" in text
+    assert "4 MiB for reward models (1.0 M" in text
+    both = compose(["reward=weighted", "reward.fns={a:format}", "reward.models={b:x,c:y}"])
+    assert "2 reward processes, 2 reward models;" in schedule(both, num_parameters=1)
+
+
 def test_adapters_leave_the_frozen_model_its_weights_alone():
     text = schedule(compose(["learner=lora", "model.dtype=bfloat16", "learner.num_ranks=2"]), 40 * 2**20, 2**20)
     # of each rank: half of 2 bytes a parameter, half of 16 bytes for each of the adapters', all weights gathered, 256 MiB of logits

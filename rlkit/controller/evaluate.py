@@ -13,11 +13,11 @@ from rlkit.config import RunConfig
 from rlkit.controller.cluster import Cluster
 from rlkit.controller.episodes import make_sampler, open_environment, read_prompts
 from rlkit.controller.fleet import Engines
+from rlkit.controller.rewards import open_rewards
 from rlkit.controller.sampling import Sampler
 from rlkit.controller.turns import SideBySide
 from rlkit.core.evaluation import bootstrap_interval, pass_at_k
 from rlkit.data.models.loading import load_tokenizer, resolve, stop_token_ids
-from rlkit.data.rewards.weighted import open_rewards
 from rlkit.errors import ConfigError, DataError
 from rlkit.settings import HeldOut
 from rlkit.types import Prompt, Rollout, SamplingSpec
@@ -125,8 +125,9 @@ def evaluate_checkpoint(config: RunConfig, cluster: Cluster) -> Evaluation:
     folder = resolve(config.model.path)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     base_dir = Path.cwd()
-    with open_rewards(config.reward, base_dir=base_dir) as rewards, open_environment(config, base_dir=base_dir) as environment:
+    with open_rewards(config, cluster, base_dir=base_dir) as rewards, open_environment(config, base_dir=base_dir) as environment:
         prompts = read_prompts(config, tokenizer, rewards, environment)
+        rewards.start(prompts.held_out)
         engines = Engines(config, cluster, SideBySide(), purpose="evaluation")
         sampler = make_sampler(config, engines, rewards, tokenizer, environment)
         return evaluate(

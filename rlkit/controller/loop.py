@@ -51,6 +51,7 @@ from rlkit.controller.preparation import (
 from rlkit.controller.progress import Progress
 from rlkit.controller.rehearsal import Answers, sample_answers
 from rlkit.controller.replaying import Replayed, open_buffer, replayed, store
+from rlkit.controller.rewards import open_rewards
 from rlkit.controller.reweighting import objective_metrics, rewards_by_objective
 from rlkit.controller.sampling import Sampled, Sampler
 from rlkit.controller.tracking import Tracker
@@ -69,7 +70,6 @@ from rlkit.data.models.lora import adapted_shapes
 from rlkit.data.models.reference import check_reference
 from rlkit.data.order import order_of
 from rlkit.data.prompts import PromptSet
-from rlkit.data.rewards.weighted import open_rewards
 from rlkit.errors import ConfigError, Preempted, ResourceError, WorkerError
 from rlkit.metrics import Metric, merge, values
 from rlkit.settings import ExistingRay, HeldOut, LoraLearner, Placement
@@ -106,7 +106,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         adapted_shapes(folder, config.learner)  # refuses what the model has not
     stops = stop_token_ids(folder, tokenizer)
     with ExitStack() as stack:
-        rewards = stack.enter_context(open_rewards(config.reward, base_dir=Path.cwd()))
+        rewards = stack.enter_context(open_rewards(config, cluster, base_dir=Path.cwd()))
         environment = stack.enter_context(open_environment(config, base_dir=Path.cwd()))
         prompts = read_prompts(config, tokenizer, rewards, environment)
         fingerprint = prompts.fingerprint()
@@ -127,6 +127,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         preemption = stack.enter_context(Preemption())
         cluster.begin_run()
         turns = ByTurns() if config.placement is Placement.colocated else SideBySide()
+        rewards.start(prompts.train)
         engines, learner = Engines(config, cluster, turns), Learners(config, cluster, turns)
         stack.callback(engines.close)
         learner.check_shared(run_dir / "config.yaml")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from rlkit.config import RunConfig
 from rlkit.settings import Placement
 
-# Of a device, for one of an engine, a learner's rank and a reference scorer that take turns on it. Ray only counts with it.
-COLOCATED_SHARE = 0.3
+# Of a device, for an engine, a learner's rank, a reference scorer and reward models together. Ray only counts with it.
+COLOCATED_SHARE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,13 +30,14 @@ def engine_seat(config: RunConfig, index: int, *, purpose: str = "training") -> 
     """An engine's devices are on one node: its tensor-parallel workers talk to each other at every layer."""
     size = config.rollout.devices_per_engine
     is_shared = config.placement is Placement.colocated and purpose == "training"
+    num_workers = 3 + len(config.reward.model_paths) if is_shared else 1
     return Seat(
         share=(index, config.rollout.num_engines),
         group=f"{purpose} engine {index}",
         group_size=size,
         bundles=tuple(range(size)),
-        workers_per_bundle=3 if is_shared else 1,
-        device_share=COLOCATED_SHARE if is_shared else 1.0,
+        workers_per_bundle=num_workers,
+        device_share=COLOCATED_SHARE / num_workers if is_shared else 1.0,
         yields_cores=config.max_staleness > 0,
     )
 
@@ -51,6 +52,13 @@ def rank_seat(config: RunConfig, index: int) -> Seat:
 def scorer_seat(config: RunConfig) -> Seat:
     if config.placement is Placement.separate:
         return Seat(group="reference scorer", yields_cores=config.max_staleness > 0)
+    return _beside_an_engine(config, 0, (0, 1))
+
+
+def reward_model_seat(config: RunConfig, name: str) -> Seat:
+    """`name`: the worker's, which tells several models apart."""
+    if config.placement is Placement.separate:
+        return Seat(group=name, yields_cores=config.max_staleness > 0)
     return _beside_an_engine(config, 0, (0, 1))
 
 

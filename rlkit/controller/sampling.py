@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from rlkit.controller.fleet import Engines, Generation
 from rlkit.core.curriculum import CurriculumState
 from rlkit.data.rewards.pool import RewardItem
 from rlkit.data.rewards.weighted import Rewards
-from rlkit.types import Prompt, Rollout, SampleRequest, SamplingSpec, single_turn_rollout
+from rlkit.types import Completion, Prompt, Rollout, SampleRequest, SamplingSpec, single_turn_rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +93,9 @@ class Sampler:
             ]
         )
         rollouts = [
-            single_turn_rollout(prompt, completion, result, group_id=group, text=text)
+            single_turn_rollout(
+                prompt, completion, result, group_id=group, text=text, earned=self._earned(completion, result.earned)
+            )
             for prompt, completion, result, group, text in zip(submitted.owners, completions, results, groups, texts, strict=True)
         ]
         return Sampled(
@@ -101,6 +104,17 @@ class Sampler:
             reward_s=time.monotonic() - generated,
             num_prompts=len(set(groups)),
         )
+
+    def _earned(self, completion: Completion, parts: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+        """Parts of a reward by the token that completes the text each was given for."""
+        ids = completion.response_ids.tolist()
+
+        def num_characters(token: int) -> int:
+            return len(self.tokenizer.decode(ids[: token + 1], skip_special_tokens=True))
+
+        # A text that its tokens do not spell to the end, such as one cut off within a character, ends with the last of them.
+        places = [min(bisect_left(range(len(ids)), end, key=num_characters), len(ids) - 1) for end, _ in parts]
+        return [(place, part) for place, (_, part) in zip(places, parts, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -60,7 +60,8 @@ class ByTurns:
     """Implements `Turns` on shared devices.
 
     Never are a learner's optimiser state and an engine's cache there together, and an engine gets weights only while it has room
-    for them: updating one that sleeps would crash it. A reference scorer, if there is one, keeps its weights on its device.
+    for them: updating one that sleeps would crash it. A reference scorer and reward models, if there are any, keep their weights on
+    their device.
     """
 
     def __init__(self):

@@ -10,7 +10,7 @@ import ray
 
 from rlkit.compose import compose
 from rlkit.controller import cluster
-from rlkit.controller.placement import engine_seat, rank_seat, scorer_seat
+from rlkit.controller.placement import engine_seat, rank_seat, reward_model_seat, scorer_seat
 from rlkit.controller.turns import ByTurns
 from rlkit.errors import ConfigError, ResourceError
 from rlkit.settings import LocalRay
@@ -81,6 +81,20 @@ def test_colocated_ranks_sit_on_the_engines_devices_and_ray_can_count_them_all_i
     assert [group.bundles for group in fake.groups] == [[{"CPU": 3.0, "GPU": 1.0}]] * 2
     assert [fake.place_of(actor) for actor in fake.actors] == [(0, 0), (1, 0), (0, 0), (1, 0), (0, 0)]
     assert sum(actor.num_gpus for actor in fake.actors if fake.place_of(actor) == (0, 0)) <= 1
+
+
+def test_reward_models_have_devices_of_their_own_or_sit_on_an_engines(monkeypatch):
+    models = ["reward=weighted", "reward.fns={form:format}", "reward.models={taste:a,tone:b}"]
+    for placement, num_groups in (("separate", 5), ("colocated", 1)):
+        fake = FakeRay(monkeypatch, gpus=5)
+        ray_cluster, config = cluster.RayCluster(LocalRay()), compose([*models, f"cluster.placement={placement}"])
+        start(ray_cluster, config)
+        for name in ("taste", "tone"):
+            ray_cluster.worker(name, name, "m:RewardModel", seat=reward_model_seat(config, name))
+        assert len(fake.groups) == num_groups
+        assert len(fake.actors) == 5
+        assert sum(actor.num_gpus for actor in fake.actors if fake.place_of(actor) == (0, 0)) <= 1
+        assert not fake.killed
 
 
 def test_without_devices_none_is_asked_for(monkeypatch):

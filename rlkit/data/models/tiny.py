@@ -3,15 +3,11 @@
 It ships inside the package; `build` makes the same bytes again.
 """
 
-import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -20,6 +16,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rlkit.data import expressions
+from rlkit.data.models.randomness import own_randomness
 from rlkit.errors import DataError
 
 SHIPPED = Path(__file__).with_name("tiny")
@@ -91,7 +88,7 @@ def build(out_dir: str | Path, seed: int = 0, *, steps: int = STEPS, num_threads
     if out_dir.exists():
         raise DataError(f"model build tiny: {out_dir} exists already. Remove it or choose another folder.")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with _own_randomness(num_threads), TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as work:
+    with own_randomness(num_threads), TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as work:
         torch.manual_seed(seed)
         tokenizer = make_tokenizer()
         model = LlamaForCausalLM(make_config(tokenizer))
@@ -151,19 +148,3 @@ def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: in
         processing_class=tokenizer,
     )
     trainer.train()
-
-
-@contextmanager
-def _own_randomness(num_threads: int) -> Iterator[None]:
-    """Lets the trainer seed the global generators, and gives the caller its own back."""
-    python, threads = random.getstate(), torch.get_num_threads()
-    legacy = np.random.get_state()  # noqa: NPY002  the generator that the trainer seeds
-    try:
-        # The order of a sum depends on the number of threads, and so do the last bits of the weights.
-        torch.set_num_threads(num_threads)
-        with torch.random.fork_rng():
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002

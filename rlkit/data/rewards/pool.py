@@ -24,7 +24,7 @@ from rlkit.data.rewards.process import WorkerDied, WorkerGrew, WorkerHung, Worke
 from rlkit.data.rewards.signatures import AUTO, RewardSignature
 from rlkit.errors import ConfigError, DataError, RewardError, RlkitError
 from rlkit.settings import BY_VALUE, OnFailure, RewardSettings
-from rlkit.types import RewardResult, RewardStatus
+from rlkit.types import Prompt, RewardResult, RewardStatus
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,9 @@ class RewardPool:
     def missing(self, source: str, columns: Mapping[str, Any]) -> str | None:
         """The column that a row lacks, whatever its source."""
         return self.signature.missing(columns)
+
+    def start(self, prompts: Sequence[Prompt]) -> None:
+        """Its workers have run since it was opened: only they know what columns the function needs."""
 
     @property
     def worker_pids(self) -> list[int]:

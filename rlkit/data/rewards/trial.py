@@ -134,8 +134,8 @@ class Trial:
         }
 
 
-def read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
-    """The first rows of a file of JSON lines. Raises DataError."""
+def read_rows(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, or the first of them. Raises DataError."""
     if not path.is_file():
         raise DataError(f"--data {path}: no such file. Write the path of a file with one JSON object per line.")
     rows = []

@@ -1,12 +1,12 @@
-"""The run's rewards: one function, or the weighted sum of several, each with workers of its own.
+"""The run's rewards: one judge of completions, or the weighted sum of several, each with workers of its own.
 
-One that hangs or fails does not slow the others; a sample has a reward when every function that judges its source gave one.
+One that hangs or fails does not slow the others; a sample has a reward when every judge of its source gave one. Functions run in
+pools of this machine's processes; reward models live where the run's workers do, and `rlkit/controller/rewards.py` brings them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.data.rewards.signatures import AUTO
 from rlkit.errors import ConfigError
 from rlkit.settings import EnvironmentReward, Reward, RewardChoice, WeightedRewards
-from rlkit.types import RewardResult, RewardStatus
+from rlkit.types import Prompt, RewardResult, RewardStatus
 
 # Where functions disagree about a sample: what kept it from being scored comes first, then what was found wrong with it.
 _GRAVITY = (
@@ -39,6 +39,13 @@ class Rewards(Protocol):
         """The column without which a row of that source cannot be scored."""
         ...
 
+    def start(self, prompts: Sequence[Prompt]) -> None:
+        """Once, before the first item, when all else about the run is known to be right: starts what costs a device.
+
+        `prompts` are those whose completions will be scored. Raises ConfigError where they cannot be.
+        """
+        ...
+
     def close(self) -> None: ...
 
     def __enter__(self) -> Rewards: ...
@@ -46,11 +53,28 @@ class Rewards(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def open_rewards(settings: RewardChoice, *, base_dir: Path) -> Rewards:
-    """Starts the workers and waits for them. Raises ConfigError for a function that cannot be found, imported or called."""
+class Scoring(Protocol):
+    """Items under way."""
+
+    def result(self) -> list[RewardResult]:
+        """Wait for it: in the order of the items, one each."""
+        ...
+
+
+class Judge(Rewards, Protocol):
+    """Rewards that can be under way beside others."""
+
+    def submit(self, items: Sequence[RewardItem]) -> Scoring: ...
+
+
+def open_functions(settings: RewardChoice, *, base_dir: Path, models: Mapping[str, Judge] | None = None) -> Rewards:
+    """Starts the workers and waits for them. Raises ConfigError for a function that cannot be found, imported or called.
+
+    `models`: what scores for each of `reward.models`.
+    """
     match settings:
         case WeightedRewards():
-            return WeightedPools(settings, base_dir=base_dir)
+            return WeightedPools(settings, base_dir=base_dir, models=models or {})
         case EnvironmentReward():
             return NoFunction()
         case Reward():
@@ -68,6 +92,8 @@ class NoFunction:
     def missing(self, source: str, columns: Mapping[str, Any]) -> str | None:
         return None
 
+    def start(self, prompts: Sequence[Prompt]) -> None: ...
+
     def close(self) -> None: ...
 
     def __enter__(self) -> NoFunction:
@@ -77,15 +103,18 @@ class NoFunction:
 
 
 class WeightedPools:
-    """Implements `Rewards` with a pool per function."""
+    """Implements `Rewards` with a pool per function, and models."""
 
-    def __init__(self, settings: WeightedRewards, *, base_dir: Path):
+    def __init__(self, settings: WeightedRewards, *, base_dir: Path, models: Mapping[str, Judge]):
         self._settings = settings
-        self._pools: dict[str, RewardPool] = {}
+        self._pools: dict[str, Judge] = {}
         with ExitStack() as opened:  # what is open when the next one fails is closed
             for name, fn in settings.fns.items():
                 pool = RewardPool(fn, settings, base_dir=base_dir, convention=settings.signatures.get(name, AUTO))
                 self._pools[name] = opened.enter_context(pool)
+            for name, model in models.items():
+                opened.enter_context(model)
+                self._pools[name] = model
             self._stack = opened.pop_all()
 
     def missing(self, source: str, columns: Mapping[str, Any]) -> str | None:
@@ -94,14 +123,18 @@ class WeightedPools:
             raise ConfigError(f"reward.sources: no function judges the data source {source}. Name it under one of them.")
         return next((column for pool in judges if (column := pool.missing(source, columns)) is not None), None)
 
+    def start(self, prompts: Sequence[Prompt]) -> None:
+        for name, pool in self._pools.items():
+            pool.start([prompt for prompt in prompts if self._judges(name, prompt.source)])
+
     def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
-        under_way: dict[str, tuple[list[int], Future[list[RewardResult]]]] = {}
+        under_way: dict[str, tuple[list[int], Scoring]] = {}
         for name, pool in self._pools.items():
             judged = [position for position, item in enumerate(items) if self._judges(name, item.source)]
             under_way[name] = (judged, pool.submit([items[position] for position in judged]))
         found: list[dict[str, RewardResult]] = [{} for _ in items]
-        for name, (judged, future) in under_way.items():
-            for position, result in zip(judged, future.result(), strict=True):
+        for name, (judged, scoring) in under_way.items():
+            for position, result in zip(judged, scoring.result(), strict=True):
                 found[position][name] = result
         return [self._sum(item.sample_id, results) for item, results in zip(items, found, strict=True)]
 

@@ -1,7 +1,7 @@
 import pytest
 
 from rlkit.data.rewards.pool import RewardItem
-from rlkit.data.rewards.weighted import open_rewards
+from rlkit.data.rewards.weighted import open_functions
 from rlkit.errors import ConfigError
 from rlkit.settings import Reward, WeightedRewards
 from rlkit.types import RewardStatus
@@ -26,7 +26,7 @@ def opened(tmp_path):
 
     def of(*names, **settings):
         fns = {name: f"mine.py:{name}" for name in names}
-        return open_rewards(WeightedRewards(fns=fns, num_workers=1, max_error_rate=1.0, **settings), base_dir=tmp_path)
+        return open_functions(WeightedRewards(fns=fns, num_workers=1, max_error_rate=1.0, **settings), base_dir=tmp_path)
 
     return of
 
