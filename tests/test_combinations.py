@@ -16,6 +16,9 @@ from rlkit.errors import ConfigError
 SMALL = ["cluster=inprocess", "rollout=transformers", "evaluation=none", "num_steps=2", "prompts_per_step=4", "group_size=4"]
 SMALL += ["tracking.save_rollouts_every=100"]
 
+TURNS = (
+    "environment=tools environment.call_format=bare environment.tools=[calculator] environment.max_turns=2 max_response_tokens=40"
+)
 TRAINED = [
     "objective=gspo entropy=siren control=pid control.target=0.8",
     "advantage=rloo objective=cispo correction=tis entropy=bonus control=skywork entropy.coef=0 control.target=0.9",
@@ -52,6 +55,10 @@ TRAINED = [
     " objective_weights=recap objective_weights.apply_to=loss imitation=positive imitation.above=1.5",
     "curriculum=pass_rate curriculum.min_accept=0.5 prompt_filter=dynamic prompt_filter.max_batches=0 rehearsal=base_answers"
     " rehearsal.num_prompts=64 rehearsal.samples_per_prompt=1 tempering=aepo",
+    TURNS + " max_staleness=1 correction=decoupled_ppo entropy=epo divergence=reverse_kl divergence.estimator=exact",
+    TURNS + " advantage=gae critic=value_model divergence=js divergence.place=token_reward shaping=overlong",
+    TURNS + " replay=buffer replay.fraction=0.5 correction=tis objective=gspo tempering=none mask_truncated=true",
+    TURNS + " tempering=aepo prompt_filter=dynamic prompt_filter.max_batches=0 learner=lora",
     "divergence=alpha divergence.estimator=exact divergence.top_k=8 learner=lora divergence_weights=dads max_staleness=1",
 ]
 
@@ -80,6 +87,9 @@ REFUSED = {
     "reference=ema": "reference=ema: nothing that is chosen compares the policy with a reference. Write divergence=reverse_kl",
     "anchor=old_policy": "anchor=old_policy: with one optimiser step per batch the policy is the old one",
     "anchor=old_policy epochs_per_batch=2 max_staleness=1": "anchor=old_policy: it holds to the policy before the update, and max",
+    "reward=environment": "reward=environment: environment=single_turn gives no reward",
+    "environment=python environment.env=gone.py:World": "environment.env=gone.py:World: there is no file gone.py",
+    "environment=tools environment.call_format=bare": "environment.call_format=bare: a turn does not say which of 2 tools",
     "anchor=old_policy epochs_per_batch=2 correction=bypass": "anchor=old_policy: it holds to the policy before the update",
 }
 
