@@ -30,7 +30,9 @@ SHORTENED = {
     ],
     "rlkit train resume=": ["num_steps=31"],
     "rlkit train max_staleness": [*TINY_BATCH, "num_steps=3", "evaluation=none"],
-    "rlkit train model=smollm2_135m": [*TINY_BATCH, "num_steps=1", "max_response_tokens=16", "evaluation=none"],
+    "rlkit train model=smollm2_135m data": [*TINY_BATCH, "num_steps=1", "max_response_tokens=16", "evaluation=none"],
+    "rlkit train model=smollm2_135m environment": [*TINY_BATCH, "num_steps=1", "environment.max_turns=3", "evaluation=none"],
+    "rlkit train experiment=calculator": [*TINY_BATCH, "evaluation=none"],
     "rlkit train experiment=grpo_published dry_run=true": [],
     "rlkit divergences": [],
     "rlkit train divergence=js": [*TINY_BATCH, "num_steps=2", "evaluation=none"],
@@ -87,7 +89,8 @@ class Story:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory) -> Story:
     story = Story(tmp_path_factory.mktemp("story"))
-    (story.folder / "my_rewards.py").write_text(blocks("python")[0])
+    for block in blocks("python"):
+        (story.folder / block.partition("\n")[0].removeprefix("# ")).write_text(block)
     (story.folder / "rows.jsonl").write_text("".join(blocks("json")[0].replace("7", str(number)) for number in range(30)))
     for line in (line for block in blocks("bash") for line in block.splitlines() if line.startswith("rlkit ")):
         story.tell(line)

@@ -380,6 +380,7 @@ class EpisodeSampler(Sampler):
                     completion_ids=[token for piece in episode.pieces for token in piece.own_ids],
                     messages=episode.prompt.messages,
                     source=episode.prompt.source,
+                    turns=[{"role": each["role"], "content": each["content"]} for each in episode.transcript],
                 )
                 for episode in whole
             ]

@@ -107,8 +107,7 @@ class ModelRewards:
 
     def _encode(self, item: RewardItem) -> ScoredText:
         """In the model's own tokens, which need not be the policy's."""
-        prompt = item.prompt if item.messages is None else item.messages
-        given, label = (self._tokenizer, prompt, item.completion), f"sample {item.sample_id}"
+        given, label = (self._tokenizer, *read_by_model(item)), f"sample {item.sample_id}"
         if self._settings.kind is ModelKind.outcome:
             return encode(*given, label=label)
         return encode_steps(*given, self._settings.step_separator, label=label)
@@ -162,6 +161,16 @@ class ModelRewards:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_by_model(item: RewardItem) -> tuple[str | Sequence[Mapping[str, str]], str]:
+    """Prompt and completion: of an episode, all that was said and the policy's last turn."""
+    if item.turns is None:
+        return (item.prompt if item.messages is None else item.messages), item.completion
+    *before, last = item.turns
+    if item.messages is None:
+        return item.prompt + "".join(turn["content"] for turn in before), last["content"]
+    return [*item.messages, *before], last["content"]
 
 
 class ModelScoring:

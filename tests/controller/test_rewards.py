@@ -17,7 +17,7 @@ from rlkit.compose import compose
 from rlkit.controller.evaluate import evaluate_checkpoint
 from rlkit.controller.local import InProcessCluster
 from rlkit.controller.loop import train
-from rlkit.controller.rewards import ModelRewards, open_rewards
+from rlkit.controller.rewards import ModelRewards, open_rewards, read_by_model
 from rlkit.data.models.loading import load_tokenizer
 from rlkit.data.models.reward_fit import fit
 from rlkit.data.models.reward_model import RewardModel, encode
@@ -55,6 +55,15 @@ def opened(*overrides: str, prompts: tuple[Prompt, ...] = ()) -> Any:
     rewards = open_rewards(compose([*LOCAL, *overrides]), InProcessCluster(), base_dir=Path.cwd())
     rewards.start(prompts)
     return rewards
+
+
+def test_of_an_episode_a_model_reads_all_that_was_said_and_scores_the_last_turn():
+    turns = [{"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}, {"role": "assistant", "content": "c"}]
+    chat = [{"role": "user", "content": "q"}]
+    assert read_by_model(item("c", prompt="q", messages=chat, turns=turns)) == ([*chat, *turns[:2]], "c")
+    assert read_by_model(item("c", prompt="q", turns=turns)) == ("qab", "c")
+    assert read_by_model(item("c", prompt="q", messages=chat)) == (chat, "c")
+    assert read_by_model(item("c", prompt="q")) == ("q", "c")
 
 
 def test_an_outcome_reward_is_the_forward_pass_on_the_models_own_tokens(random_reward_model):

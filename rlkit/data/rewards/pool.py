@@ -46,6 +46,7 @@ class RewardItem:
     completion_ids: Sequence[int] | np.ndarray = ()
     messages: Sequence[Mapping[str, str]] | None = None  # of a prompt in chat; None: it is plain text
     source: str = ""  # of the row
+    turns: Sequence[Mapping[str, str]] | None = None  # of an episode, as messages; None: the completion is all there is
 
 
 @dataclass(slots=True)

@@ -40,7 +40,7 @@ class RewardSignature:
 
     name: str  # as in `reward.fn`
     convention: str
-    fields: tuple[str, ...]  # of `RewardItem`, that are sent to it: prompt, completion, completion_ids, messages, source
+    fields: tuple[str, ...]  # of `RewardItem`, that are sent to it: prompt, completion, completion_ids, messages, turns, source
     columns: tuple[str, ...]  # without these it cannot be called
     one_of: tuple[str, ...] = ()  # without any of these neither
     optional_columns: tuple[str, ...]  # these have defaults
@@ -104,8 +104,8 @@ def _fields(convention: str, named: set[str], takes_all: bool) -> tuple[str, ...
         unasked = TEXTS if convention == "trl" else ("prompts", "completions")  # many tokens to carry for nothing
         sent = tuple(text.removesuffix("s") for text in TEXTS[:2] if text in named or (takes_all and text in unasked))
         ids = ("completion_ids",) if "completion_ids" in named or (takes_all and "completion_ids" in unasked) else ()
-        return (*sent, *ids, *(("messages",) if convention == "trl" else ()))
-    return ("prompt", "completion", *{"verl": ("source",), "verifiers": ("messages", "source"), "plain": ()}[convention])
+        return (*sent, *ids, *(("messages", "turns") if convention == "trl" else ()))
+    return ("prompt", "completion", *{"verl": ("source",), "verifiers": ("messages", "turns", "source"), "plain": ()}[convention])
 
 
 def _recognise(name: str, function: Callable, named: set[str], takes_all: bool) -> str:
@@ -172,7 +172,8 @@ def _trl_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     arguments = _rlkit_arguments(call)
     if all(messages is not None for messages in call["messages"]):
         arguments |= {"prompts": call["messages"]} if "prompts" in arguments else {}
-        arguments |= {"completions": [_answer(text) for text in call["completion"]]} if "completions" in arguments else {}
+        said = [_said(text, turns) for text, turns in zip(call["completion"], call["turns"], strict=True)]
+        arguments |= {"completions": said} if "completions" in arguments else {}
     arguments.pop("prompt", None)  # the column that TRL makes `prompts` of
     return arguments
 
@@ -198,7 +199,7 @@ def _verifiers_arguments(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     messages = row["messages"]
     given: dict[str, Any] = {
         "prompt": [{"role": "user", "content": row["prompt"]}] if messages is None else messages,
-        "completion": _answer(row["completion"]),
+        "completion": _said(row["completion"], row["turns"]),
         "answer": columns.pop("answer", ""),
         "info": columns.pop("info", None) or {},
         "task": row["source"],
@@ -211,8 +212,9 @@ def _plain_arguments(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return {"prompt": row["prompt"], "completion": row["completion"]}, row["columns"]
 
 
-def _answer(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
+def _said(text: str, turns: list[dict[str, str]] | None) -> list[dict[str, str]]:
+    """A completion as messages: of an episode with tools or an environment, theirs among them."""
+    return [{"role": "assistant", "content": text}] if turns is None else turns
 
 
 def _score_of(value: Any) -> Any:

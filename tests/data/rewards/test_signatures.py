@@ -14,9 +14,10 @@ def read(tmp_path, source, convention="auto"):
     return load(locate("mine.py:f", tmp_path), convention)
 
 
-def call_for(signature, row, *, prompt="1+1=", completion="2", source="sums", ids=(7,), messages=None):
+def call_for(signature, row, *, prompt="1+1=", completion="2", source="sums", ids=(7,), messages=None, turns=None):
     """What the pool would send for one sample."""
-    sent = {"prompt": prompt, "completion": completion, "completion_ids": list(ids), "messages": messages, "source": source}
+    sent = {"prompt": prompt, "completion": completion, "completion_ids": list(ids), "source": source}
+    sent |= {"messages": messages, "turns": turns}
     return {name: [sent[name]] for name in signature.fields} | {"columns": {k: [v] for k, v in signature.select(row).items()}}
 
 
@@ -137,6 +138,22 @@ def test_verifiers_functions_see_messages(tmp_path):
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1="}]
     assert answer(tmp_path, source, {"info": {"whole": "1+1=2"}}, messages=chat) == [1.0]
     assert answer(tmp_path, source, {"info": {"whole": "1+1=2"}}) == [1.0]
+
+
+def test_functions_that_see_messages_see_all_turns_of_an_episode(tmp_path):
+    chat = [{"role": "user", "content": "2+2?"}]
+    turns = [
+        {"role": "assistant", "content": "calc"},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "2"},
+    ]
+    roles = "[m['role'] for m in completions[0]] == ['assistant', 'tool', 'assistant']"
+    source = f"def f(prompts, completions, completion_ids): return [float({roles})]"
+    assert answer(tmp_path, source, {"prompt": chat}, messages=chat, turns=turns) == [1.0]
+    source = "def f(completion, info): return float(completion[1]['content'] == '4' and completion[-1]['content'] == '2')"
+    assert answer(tmp_path, source, {}, messages=chat, turns=turns) == [1.0]
+    text = "def f(prompts, completions, completion_ids, **kwargs): return [float(completions == ['2'])]"
+    assert answer(tmp_path, text, {"prompt": "2+2="}, turns=turns) == [1.0]  # plain text: the answer
 
 
 def test_a_group_wise_function_says_so():
