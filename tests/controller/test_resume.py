@@ -212,6 +212,18 @@ def test_what_a_strategy_remembers_is_there_after_a_resume(what, monkeypatch):
     assert changed & {"entropy", "safeguard", "tempering", "coefficients", "prompts_drawn", "objectives", "curriculum", "replay"}
 
 
+def test_a_run_of_several_turns_cut_and_resumed_is_the_run_that_was_not(monkeypatch):
+    settings = ["environment=tools", "environment.call_format=bare", "environment.tools=[calculator]", "environment.max_turns=2"]
+    settings += ["num_steps=3", "checkpoint_every=1", "max_response_tokens=30", "evaluation.every=0", "evaluation.num_prompts=1"]
+    start("whole", *settings)
+    with monkeypatch.context() as patch:
+        raise_at(patch, loop.Run, "learn", 3)
+        with pytest.raises(Cut):
+            start("run", *settings)
+    resume("run")
+    assert outcome("run", num_steps=3) == outcome("whole", num_steps=3)
+
+
 MOVING = {  # rule -> how it is seen to move in four steps
     "refresh": ["reference.every=2", "reference.reset_optimizer=true"],
     "soft_refresh": ["reference.every=3"],

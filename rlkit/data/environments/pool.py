@@ -130,7 +130,8 @@ class EnvironmentPool:
 
     def count(self, sample_id: str, failure: Failure | None) -> None:
         """One more episode is over. Raises RewardError once too many have failed."""
-        stop = self._budget.count(sample_id, "" if failure is None else failure.message)
+        with self._lock:
+            stop = self._budget.count(sample_id, "" if failure is None else failure.message)
         if stop is not None:
             raise stop
 
