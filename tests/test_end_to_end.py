@@ -56,6 +56,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def programs() -> dict[str, str]:
+    """The README's Python files by the names in their first lines."""
+    return {block.partition("\n")[0].removeprefix("# "): block for block in blocks("python")}
+
+
 def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -74,7 +79,7 @@ class Story:
     @property
     def quickstart(self) -> Path:
         """The run of its first command, which others resume and evaluate."""
-        return min((self.folder / "runs").glob("*/metrics.jsonl")).parent
+        return min((self.folder / "runs").glob("quickstart-*/metrics.jsonl")).parent
 
     def tell(self, line: str) -> None:
         (beginning,) = (known for known in SHORTENED if line.startswith(known))
@@ -89,8 +94,8 @@ class Story:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory) -> Story:
     story = Story(tmp_path_factory.mktemp("story"))
-    for block in blocks("python"):
-        (story.folder / block.partition("\n")[0].removeprefix("# ")).write_text(block)
+    for name, block in programs().items():
+        (story.folder / name).write_text(block)
     (story.folder / "rows.jsonl").write_text("".join(blocks("json")[0].replace("7", str(number)) for number in range(30)))
     for line in (line for block in blocks("bash") for line in block.splitlines() if line.startswith("rlkit ")):
         story.tell(line)
@@ -150,7 +155,7 @@ def test_a_sweep_is_compared_in_tables_and_curves(story):
 
 
 def test_the_users_own_divergence_trains(tmp_path):
-    (tmp_path / "my_run.py").write_text(blocks("python")[1])
+    (tmp_path / "my_run.py").write_text(programs()["my_run.py"])
     # Enough samples for the policy to move in the first step: until it has, every divergence is zero.
     size = ["num_steps=2", "prompts_per_step=8", "group_size=8"]
     words = [sys.executable, "my_run.py", "divergence=le_cam", *size, "evaluation=none", "run_dir=run"]
