@@ -248,13 +248,16 @@ class EnvironmentPool:
         return answers
 
     def _receive(self, worker: EpisodeWorker) -> dict[str, Any] | Failure | None:
-        """None: not all of it is there yet. Raises DataError for an answer that breaks the contract."""
+        """None: not all of it is there yet. Raises DataError for an answer that breaks the contract, ConfigError for a setting that
+        only shows to be wrong now."""
         try:
             answer = worker.channel.receive(timeout_s=0.001)
         except TimeoutError:
             return None
         if answer is None:
             return Failure(status=RewardStatus.error, message="its process ended within a turn")
+        if "config_error" in answer:
+            raise ConfigError(answer["config_error"])
         if "contract" in answer:
             raise DataError(f"environment.env={self._entry}: {answer['contract']}. Fix what it returns.")
         if "error" in answer:

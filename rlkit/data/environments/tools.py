@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from rlkit.data.environments.protocol import Step, Unavailable
 from rlkit.data.processes.user_code import load, locate
 from rlkit.data.sandbox import Case, Limits, Program, open_sandbox
-from rlkit.errors import ConfigError
+from rlkit.errors import ConfigError, RlkitError
 
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
@@ -142,7 +142,7 @@ class Tools:
 def _run(function: Callable, arguments: Mapping[str, Any]) -> str:
     try:
         return str(function(**arguments))
-    except Unavailable:
+    except (Unavailable, RlkitError):  # a sandbox service that is down, or refuses: not the policy's doing
         raise
     except Exception as error:  # of the policy's arguments: it hears what they led to
         return f"error: {type(error).__name__}: {str(error).strip() or 'no more is known'}"

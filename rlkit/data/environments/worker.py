@@ -110,6 +110,8 @@ def _seed(seed: int) -> None:
 def _answer(call: Callable[[], Any], read: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     try:
         return read(call())
+    except ConfigError as error:  # it would fail in every other episode as well
+        return {"config_error": str(error)}
     except BaseException as error:  # one that calls sys.exit failed in this episode, not in the run
         return {"error": describe(error)}
 

@@ -143,7 +143,8 @@ class RewardPool:
         """Queues the items; the future's results are in their order. A group-wise function sees together those of one `group_id`.
 
         Raises DataError, here, for a column that the function needs and lacks or that cannot be sent; the future raises
-        RewardError above the error rate, and DataError when the function does not return one value per completion.
+        RewardError above the error rate, DataError when the function does not return one value per completion, and ConfigError when
+        what it needs is set wrongly.
         """
         future: Future[list[RewardResult]] = Future()
         job = _Job(future=future, results=[None] * len(items), num_left=len(items))
@@ -327,6 +328,9 @@ class RewardPool:
             self._changed.notify_all()
 
     def _finish(self, call: _Call, answer: Mapping[str, Any]) -> None:
+        if "config_error" in answer:
+            self._fail(ConfigError(answer["config_error"]))
+            return
         if "contract" in answer:
             self._fail(DataError(f"reward.fn={self._fn} {answer['contract']} (sample {call.sample_ids[0]}). Fix what it returns."))
             return

@@ -68,6 +68,8 @@ def _answer_in_turn(answer: Answerer, calls: list[dict[str, Any]], runner: async
             if inspect.isawaitable(returned):
                 returned = runner.run(_wait_for(returned))
             found = _read(returned, call)
+        except ConfigError as error:  # it would fail on every other sample as well
+            found = {"config_error": str(error)}
         except BaseException as error:  # a function that calls sys.exit failed on this sample, not on the run
             found = {"error": describe(error)}
         channel.send({"end": index, **found})
@@ -84,6 +86,8 @@ async def _answer_together(answer: Answerer, calls: list[dict[str, Any]], limit_
             return _read(await asyncio.wait_for(answer(call), limit_s), call)
         except TimeoutError:
             return {"timeout": {"summary": f"no answer within reward.timeout_s={limit_s:g}", "traceback": ""}}
+        except ConfigError as error:
+            return {"config_error": str(error)}
         except Exception as error:
             return {"error": describe(error)}
 

@@ -35,6 +35,7 @@ GRACE_S = 2.0  # beyond the cases' own limits, for the sandbox to start and to a
 MAX_ANSWER = 16 << 20  # bytes
 ANSWER = {"status", "stdout", "stderr", "returned"}  # what `inside.py` says of each case, in texts
 UNSAFE = "RLKIT_ALLOW_UNSANDBOXED"  # set in reward workers by reward.unsafe_allow_unsandboxed
+URL = "RLKIT_SANDBOX_URL"  # of a service that runs the programs; an address is no setting, which run folders keep
 INSTALL = "install bubblewrap (Debian and Ubuntu: sudo apt install bubblewrap), or write reward.unsafe_allow_unsandboxed=true"
 
 
@@ -88,7 +89,12 @@ class Sandbox(Protocol):
 
 @cache
 def open_sandbox() -> Sandbox:
-    """Bubblewrap's. Raises ConfigError where there is none that works, unless programs may run without."""
+    """The service's that $RLKIT_SANDBOX_URL names, or bubblewrap's. Raises ConfigError where it does not work; without bubblewrap,
+    programs may run unsandboxed where that was asked for."""
+    if os.environ.get(URL):
+        from rlkit.data.sandbox.remote import open_remote  # which imports this file
+
+        return open_remote()
     problem = ""
     if (path := shutil.which("bwrap")) is None:
         problem = "there is no bwrap"
@@ -190,7 +196,8 @@ def _python() -> list[str]:
 
 
 @cache
-def _inside() -> str:
+def inside() -> str:
+    """The text of `inside.py`."""
     return Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
 
 
@@ -225,7 +232,7 @@ def _converse(
         },
     }
     reader, writer = os.pipe()
-    script = f"{_inside()}\nmain({writer}, {uid})\n"
+    script = f"{inside()}\nmain({writer}, {uid})\n"
     deadline = time.monotonic() + GRACE_S + limits.total_s
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
         stdin.write(json.dumps(request).encode())
@@ -250,10 +257,11 @@ def _converse(
         if answer is None:
             said = os.pread(stderr.fileno(), limits.output_bytes, 0).decode("utf-8", "replace")
             return [Outcome(status="killed", stderr=said) for _ in cases]
-    return [_outcome(case, each) for case, each in zip(cases, answer, strict=True)]
+    return [read_outcome(case, each) for case, each in zip(cases, answer, strict=True)]
 
 
-def _outcome(case: Case, answer: dict[str, str]) -> Outcome:
+def read_outcome(case: Case, answer: dict[str, str]) -> Outcome:
+    """Of what `is_answer` has let pass."""
     status, value = answer["status"], None
     if status == "ok" and case.arguments is not None:
         try:
@@ -281,10 +289,10 @@ def _read_answer(reader: int, deadline: float, num_cases: int) -> list[dict[str,
         answer = json.loads(content[4:wanted])
     except (ValueError, RecursionError):
         return None
-    return answer if _is_answer(answer, num_cases) else None
+    return answer if is_answer(answer, num_cases) else None
 
 
-def _is_answer(answer: Any, num_cases: int) -> bool:
+def is_answer(answer: Any, num_cases: int) -> bool:
     """Whoever wrote it cannot make the reward fail where it should say wrong."""
     return (
         isinstance(answer, list)

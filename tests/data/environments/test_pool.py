@@ -19,6 +19,7 @@ ENVIRONMENTS = '''
 import os, random, re, signal, subprocess, sys, time
 import numpy as np
 from rlkit.data.environments import Step
+from rlkit.errors import ConfigError
 
 class Acts:
     """Does what the policy says."""
@@ -44,6 +45,7 @@ class Acts:
             case ["grow"]:
                 hoard = []
                 while True: hoard.append(bytearray(b"x" * (8 << 20)))
+            case ["misconfigured"]: raise ConfigError("TOKEN is refused. Correct it.")
             case ["print"]: print("x" * 100_000)
             case ["luck"]: return repr(self.luck), 0.0, False
             case ["row"]: return repr(self.row), 0, False
@@ -207,6 +209,12 @@ def test_a_missing_file_is_refused_and_slow_imports_too(tmp_path):
     (tmp_path / "slow.py").write_text("import time\ntime.sleep(100)\nclass A: ...\n")
     with pytest.raises(RewardError, match=r"importing it took longer than 0.5 s"):
         EnvironmentPool(PythonEnvironment(env="slow.py:A"), base_dir=tmp_path, start_limit_s=0.5)
+
+
+def test_a_setting_that_turns_out_wrong_in_an_episode_stops_the_run(open_pool):
+    pool = open_pool()
+    with pytest.raises(ConfigError, match="TOKEN is refused"):
+        pool.step([(begin(pool)[0], "misconfigured")])
 
 
 def test_too_many_failed_episodes_stop_the_run(open_pool):

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rlkit.data.rewards.http import post
+from rlkit.data.rewards.http import Refused, post, post_and_wait
 from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.errors import ConfigError
 from rlkit.settings import Reward
@@ -18,8 +18,8 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = False  # so that closing waits for them, and no later test finds their sockets
 
-    def __init__(self, answer):
-        self.answer, self.seen, self.under_way, self.most_under_way = answer, [], 0, 0
+    def __init__(self, answer, headers):
+        self.answer, self.headers, self.seen, self.under_way, self.most_under_way = answer, headers, [], 0, 0
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -43,6 +43,8 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.under_way -= 1
         self.send_response(status)
+        for header in server.headers.items():
+            self.send_header(*header)
         self.end_headers()
         self.wfile.write(answer.encode())
 
@@ -54,8 +56,8 @@ class Handler(BaseHTTPRequestHandler):
 def serve():
     servers = []
 
-    def start(answer):
-        servers.append(Server(answer))
+    def start(answer, **headers):
+        servers.append(Server(answer, headers))
         return servers[-1]
 
     yield start
@@ -79,6 +81,30 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_not(serve):
     with pytest.raises(OSError, match="answered 403"):
         asyncio.run(post(refusing.url, {}, deadline_s=5.0))
     assert len(refusing.seen) == 1
+
+
+def test_code_that_is_not_async_waits_the_same_way(serve):
+    busy = serve(lambda number, body: (599, "") if number < 2 else (200, '{"ok": 1}'))
+    assert post_and_wait(busy.url, {}, deadline_s=5.0) == {"ok": 1}
+    assert len(busy.seen) == 2
+    with pytest.raises(Refused, match="answered 404") as raised:
+        post_and_wait(serve(lambda number, body: (404, "")).url, {}, deadline_s=5.0)
+    assert raised.value.status == 404
+
+
+def test_a_redirect_is_not_followed_with_the_key(serve):
+    elsewhere = serve(lambda number, body: (200, "{}"))
+    server = serve(lambda number, body: (302, ""), Location=elsewhere.url)
+    with pytest.raises(Refused, match="answered 302"):
+        asyncio.run(post(server.url, {}, deadline_s=5.0, headers={"Authorization": "Bearer canary"}))
+    assert not elsewhere.seen
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(serve):
+    server = serve(lambda number, body: (200, "{}"), **{"Content-Length": "1000"})
+    with pytest.raises(OSError, match="the connection broke within the answer"):
+        post_and_wait(server.url, {}, deadline_s=0.5)
+    assert len(server.seen) == 2
 
 
 def test_there_is_a_deadline(serve):
