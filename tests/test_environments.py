@@ -130,7 +130,7 @@ def test_the_pretrained_model_calls_tools_in_chat(tmp_path):
     rlkit(tmp_path, *settings, "max_response_tokens=96", "environment.max_turn_tokens=24", "tracking.save_rollouts_every=1")
     tokenizer = load_tokenizer(str(model), trust_remote_code=False)
     for rollout in stored(tmp_path)[0]:
-        assert '"name": "calculator"' in tokenizer.decode(rollout.prompt_ids)
+        assert '"name": "calculator"' in tokenizer.decode(list(rollout.prompt_ids))
         own = rollout.origin == Origin.policy
         turns = [each["content"] for each in rollout.transcript or () if each["role"] == "assistant"]
         for turn, content in enumerate(turns):
