@@ -54,12 +54,13 @@ class EpisodeWorker:
 class EnvironmentPool:
     """The processes of a run's environment. Several threads may use it; an episode belongs to one."""
 
-    def __init__(self, settings: MultiTurn, *, base_dir: Path):
+    def __init__(self, settings: MultiTurn, *, base_dir: Path, start_limit_s: float | None = None):
         """Imports the environment, in another process. Raises ConfigError where it cannot be found, imported or made.
 
         The kernel kills everything when the thread that called this ends.
         """
-        self._settings, self._start_limit_s = settings, settings.start_limit_s
+        self._settings = settings
+        self._start_limit_s = settings.start_limit_s if start_limit_s is None else start_limit_s
         self._entry, options = made_of(settings)
         _make_room(settings.max_episodes_at_once)
         base_dir = base_dir.resolve()
