@@ -1,6 +1,7 @@
 """Environments of the real package, in their own processes: what they hear, what they are told, and what they are worth."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -302,6 +303,14 @@ def test_a_group_scores_each_row_by_its_own_environment(open_pool):
 def test_what_cannot_be_played_is_refused_when_the_pool_opens(open_pool, name, settings, message):
     with pytest.raises(ConfigError, match=message):
         open_pool(name, **settings)
+
+
+def test_an_installed_environment_is_known_by_its_name(folder, tmp_path, monkeypatch):
+    (tmp_path / "sums_env.py").write_text(ENVIRONMENTS.replace("def single(", "def load_environment("))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    assert [each.values["task"] for each in read(VerifiersData(env_id="someone/sums-env")).train] == ["default"] * 2
+    with EnvironmentPool(VerifiersEnvironment(env_id="someone/sums-env"), base_dir=folder) as pool:
+        assert play(pool, row(), "3") == [Step("", 1.5, done=True)]
 
 
 def test_an_environment_that_is_not_installed_is_refused(folder):
