@@ -140,6 +140,8 @@ from rlkit.settings import (
     ToolEnvironment,
     Tracking,
     TransformersEngine,
+    VerifiersData,
+    VerifiersEnvironment,
     VllmEngine,
     WandbTracking,
     WeightedRewards,
@@ -342,6 +344,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "mixture": MixtureData,
         "hf": HuggingFaceData,
         "reasoning_gym": ReasoningGymData,
+        "verifiers": VerifiersData,
     },
     "reward": {"function": Reward, "weighted": WeightedRewards, "model": ModelReward, "environment": EnvironmentReward},
     "shaping": {"none": NoShaping, "overlong": OverlongPenalty},
@@ -351,6 +354,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "single_turn": SingleTurn,
         "python": PythonEnvironment,
         "tools": ToolEnvironment,
+        "verifiers": VerifiersEnvironment,
         "guessing_game": GuessingGame,
     },
     "rollout": {"vllm": VllmEngine, "vllm_async": AsyncVllmEngine, "transformers": TransformersEngine},
@@ -604,6 +608,8 @@ def _what_to_write(key: str, group: DictConfig) -> str:
             return " Write data.files={math:math.jsonl,chat:chat.parquet}."
         case "environment.env":
             return " Write environment.env=my_env.py:MyEnvironment, a class with reset and step."
+        case "environment.env_id" | "data.env_id":
+            return f" Write {key}=name-of-an-installed-environment, or {key}=my_env.py:load_environment."
         case "reward.fns":
             return " Write reward.fns={accuracy:numeric_match,form:format}."
         case "reward.path":
@@ -988,6 +994,14 @@ def _environment_problems(config: RunConfig) -> Iterator[str]:
         yield from _place_problems("environment.env", environment.env, "MyEnvironment")
         if ":" not in environment.env:
             yield f"environment.env={environment.env}: write file.py:Class or package.module:Class."
+    if isinstance(environment, VerifiersEnvironment):
+        yield from _place_problems("environment.env_id", environment.env_id, "load_environment")
+        data = config.data
+        if not isinstance(data, VerifiersData) or (data.env_id, data.options) != (environment.env_id, environment.options):
+            yield (
+                "environment=verifiers: it plays the rows of its own data set. Write data=verifiers with the same env_id and "
+                "options."
+            )
     if isinstance(environment, ToolEnvironment):
         for tool in environment.tools:
             yield from _place_problems("environment.tools", tool, "my_tool")

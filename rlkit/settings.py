@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -208,6 +208,14 @@ class ReasoningGymData(Data):
         # By name: `slots=True` makes a second class, which a bare super() in the first one's method does not know.
         Data.__post_init__(self)
         require((self.size >= 1, f"data.size={self.size}: no problems to train on. Write 1 or more; 4096 is usual."))
+
+
+@dataclass(kw_only=True, slots=True)
+class VerifiersData(Data):
+    """The data set of an environment of the verifiers package, with its own held-out rows where it has some."""
+
+    env_id: str = MISSING  # as in environment=verifiers
+    options: dict[str, Any] = field(default_factory=dict)  # likewise
 
 
 class OnFailure(Enum):
@@ -422,6 +430,8 @@ class Role(Enum):
 class MultiTurn(Environment):
     """Base of the environments that answer the policy. All turns and observations of an episode share max_response_tokens."""
 
+    start_limit_s: ClassVar[float] = 60.0  # to start Python and import the environment
+
     max_turns: int = 8  # of the policy, in an episode
     max_turn_tokens: int | None = None  # of one turn of the policy; null: what is left of max_response_tokens
     max_observation_tokens: int = 512  # a longer observation is cut, and counted
@@ -493,6 +503,18 @@ class ToolEnvironment(MultiTurn):
                 "or environment.call_format=hermes.",
             ),
         )
+
+
+@dataclass(kw_only=True, slots=True)
+class VerifiersEnvironment(MultiTurn):
+    """An environment of the verifiers package (0.1.9), scored by its own rubric; with data=verifiers."""
+
+    start_limit_s: ClassVar[float] = 600.0  # it loads its data set
+
+    env_id: str = MISSING  # of an installed environment, or `file.py:function` or `package.module:function` that returns one
+    options: dict[str, Any] = field(default_factory=dict)  # passed to it
+    max_turns: int = 1000  # the environment's own limit comes first
+    timeout_s: float = 60.0  # the last turn is scored in it
 
 
 @dataclass(kw_only=True, slots=True)

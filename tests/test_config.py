@@ -25,6 +25,8 @@ REQUIRED = {
     "reward.fn": "reward.fn=expressions",
     "reward.path": "reward.path=reward-model",
     "environment.env": "environment.env=worlds.py:World",
+    "environment.env_id": "environment.env_id=wordle",
+    "data.env_id": "data.env_id=wordle",
 }
 REQUIRED |= {"model.path": "model.path=tiny"}
 CONTROLS = ("control", "divergence_control", "threshold_control")
@@ -73,6 +75,7 @@ GOES_WITH = {  # a choice of this name asks for another
     **dict.fromkeys(("value_model", "double_softmin"), "advantage=gae"),
     "kl_cov": "objective=unclipped",
     "reward=environment": "environment=guessing_game",
+    "environment=verifiers": "data=verifiers",
     "old_policy": "optimizer_steps_per_batch=2",
     **dict.fromkeys(("model", "soup", "geometric_mixture", "refresh", "soft_refresh", "ema", "bema"), "divergence=reverse_kl"),
     **dict.fromkeys(("dads", "entropy_gated", "asymmetric"), "divergence=reverse_kl"),

@@ -105,6 +105,7 @@ class EpisodeSampler(Sampler):
             began = time.monotonic()
             for episode, step in zip(episodes, self._step(episodes), strict=True):
                 self._follow(episode, step, sampling.max_tokens)
+            self._close(episodes)
             going = [episode for episode in episodes if not episode.is_over]
             begun = self._begin(submitted.waiting, room=len(episodes) - len(going))
             environment_s += time.monotonic() - began
@@ -204,8 +205,6 @@ class EpisodeSampler(Sampler):
             episode.finish_reason = FinishReason.length
         else:
             self._observe(episode, step.observation, max_tokens)
-        if episode.is_over:
-            self._leave(episode)
 
     def _observe(self, episode: Episode, observation: str, max_tokens: int) -> None:
         text, is_cut = self.history.cut(observation, self.settings.max_observation_tokens)
@@ -218,6 +217,20 @@ class EpisodeSampler(Sampler):
             episode.finish_reason = FinishReason.length
         else:
             episode.tell(behind, text, role=self.settings.observation_role.value, is_cut=is_cut)
+
+    def _close(self, episodes: Sequence[Episode]) -> None:
+        """Leave the workers of those that are over. What was cut off is worth what its environment says."""
+        over = [(episode, episode.worker) for episode in episodes if episode.is_over and episode.worker is not None]
+        if self.environment.scores_cut:
+            cut = [(episode, worker) for episode, worker in over if episode.finish_reason is FinishReason.length]
+            for (episode, _), reward in zip(cut, self.environment.cut([worker for _, worker in cut]), strict=True):
+                if isinstance(reward, Failure):
+                    episode.worker, episode.failure = None, reward
+                else:
+                    episode.earn(reward)
+        for episode, _ in over:
+            if episode.worker is not None:
+                self._leave(episode)
 
     def _leave(self, episode: Episode) -> None:
         assert episode.worker is not None  # it is over once

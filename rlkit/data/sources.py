@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.data import comparison, expressions, guessing
+from rlkit.data.environments.verifiers import require_package
 from rlkit.errors import ConfigError, DataError, ResourceError
 from rlkit.settings import (
     ComparisonData,
@@ -23,6 +26,7 @@ from rlkit.settings import (
     ParquetData,
     ReasoningGymData,
     TableData,
+    VerifiersData,
 )
 
 SOURCE, MIXED_ID = "data_source", "mixture_id"  # columns that a mixture's rows get
@@ -64,6 +68,8 @@ def read(settings: Data) -> Source:
             return Source(name="guessing", train=_numbered(games), held_out=None, chat=settings.chat)
         case ReasoningGymData():
             return _read_reasoning_gym(settings)
+        case VerifiersData():
+            return _read_verifiers(settings)
         case JsonlData():
             held_out = None if settings.held_out_path is None else _rows_of_jsonl("held_out_path", settings.held_out_path)
             return _table(settings, Path(settings.path).name, _rows_of_jsonl("path", settings.path), held_out)
@@ -120,6 +126,27 @@ def _read_reasoning_gym(settings: ReasoningGymData) -> Source:
         held_out=None,
         chat=settings.chat,
         system_prompt=settings.system_prompt,
+    )
+
+
+def _read_verifiers(settings: VerifiersData) -> Source:
+    """In another process, which the environment may do with as it likes: it takes over signals, and loads much."""
+    require_package()
+    command = [sys.executable, "-P", "-m", "rlkit.data.environments.verifiers", settings.env_id, json.dumps(settings.options)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
+    if done.returncode or not done.stdout:
+        raise DataError(
+            f"data.env_id={settings.env_id}: the process that loads it ended with code {done.returncode}. See what it printed "
+            "before."
+        )
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise ConfigError(answer["error"])
+    return Source(
+        name=f"verifiers:{settings.env_id}",
+        train=_numbered(answer["train"]),
+        held_out=None if answer["held_out"] is None else _numbered(answer["held_out"]),
+        id_column="example_id",
     )
 
 

@@ -34,6 +34,12 @@ class Counts:
         if action == "break": raise OSError("no connection")
         reward = float(action.split("$")[1]) if "$" in action else 0.0
         return (f"<{self.turn}>" if action != "long" else "y" * 50), reward, action == "stop"
+
+class Appraises(Counts):
+    """Says what an episode that was cut off is worth."""
+    def cut(self):
+        if self.row.get("lost"): raise OSError("no connection")
+        return self.turn / 8
 '''
 STOP = 3  # <|im_end|> of the tests' tokenizer
 
@@ -180,6 +186,22 @@ def test_limits_end_an_episode_as_cut_off(stage):
     [rollout] = play(made, [prompt(made)]).rollouts
     assert made.tokenizer.decode(rollout.response_ids) == "abc<1>sto<2>sto<3>sto<4>sto<5>sto<6>sto<7>sto"
     assert {request.max_tokens for wave in made.engines.waves for request in wave} == {3}
+
+
+@pytest.mark.parametrize(
+    ("limit", "max_tokens", "turns"), [("environment.max_turns=2", 200, 2), ("environment.max_turns=8", 13, 2)]
+)  # 4 tokens a turn, 3 an observation
+def test_an_episode_that_is_cut_off_is_worth_what_its_environment_says(stage, limit, max_tokens, turns):
+    made = stage(lambda sample, turn: "$.5", "environment.env=worlds.py:Appraises", limit)
+    cut, lost = play(made, [prompt(made), prompt(made, id="q", lost=True)], max_tokens=max_tokens).rollouts
+    assert cut.finish_reason is FinishReason.length
+    assert [each["reward"] for each in cut.transcript if each["role"] == "assistant"] == [0.5, 0.5 + turns / 8]
+    assert cut.reward == 1 + turns / 8 + 1  # and the reward function's
+    assert cut.token_rewards[-1] == 0.5 + turns / 8 + 1
+    assert (lost.status, lost.reward) == (RewardStatus.error, None)
+
+    made = stage(lambda sample, turn: "stop", "environment.env=worlds.py:Appraises")
+    assert play(made, [prompt(made)]).rollouts[0].reward == 1  # it was not cut off
 
 
 def test_a_long_observation_is_cut_and_counted(stage):

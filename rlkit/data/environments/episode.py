@@ -111,7 +111,7 @@ class Episode:
     def earn(self, reward: float) -> None:
         """For the turn that has just ended, on its last token."""
         self.now.rewards[-1] += reward
-        self.transcript[-1]["reward"] = reward
+        self.transcript[-1]["reward"] = self.transcript[-1].get("reward", 0.0) + reward
 
     def rollout(self, result: RewardResult) -> Rollout:
         """As it is trained on: the environment's rewards where they were given, the outcome on the last token, and there too what

@@ -26,10 +26,9 @@ from rlkit.data.processes.channel import Channel, Unsendable, plain
 from rlkit.data.processes.user_code import locate, memory_mib
 from rlkit.data.sandbox.run import UNSAFE
 from rlkit.errors import ConfigError, DataError, ResourceError, RewardError
-from rlkit.settings import GuessingGame, MultiTurn, PythonEnvironment, ToolEnvironment
+from rlkit.settings import GuessingGame, MultiTurn, PythonEnvironment, ToolEnvironment, VerifiersEnvironment
 from rlkit.types import RewardStatus
 
-START_LIMIT_S = 60.0  # to start Python and import the environment
 POLL_S = 0.25  # how often a silent worker's memory is looked at
 OTHER_FILES = 1024  # that a run may have open
 EPISODES_PER_WORKER = 1000  # then it makes room for a fresh one
@@ -55,12 +54,13 @@ class EpisodeWorker:
 class EnvironmentPool:
     """The processes of a run's environment. Several threads may use it; an episode belongs to one."""
 
-    def __init__(self, settings: MultiTurn, *, base_dir: Path, start_limit_s: float = START_LIMIT_S):
+    def __init__(self, settings: MultiTurn, *, base_dir: Path, start_limit_s: float | None = None):
         """Imports the environment, in another process. Raises ConfigError where it cannot be found, imported or made.
 
         The kernel kills everything when the thread that called this ends.
         """
-        self._settings, self._start_limit_s = settings, start_limit_s
+        self._settings = settings
+        self._start_limit_s = settings.start_limit_s if start_limit_s is None else start_limit_s
         self._entry, options = made_of(settings)
         _make_room(settings.max_episodes_at_once)
         base_dir = base_dir.resolve()
@@ -89,7 +89,9 @@ class EnvironmentPool:
                 start_new_session=True,
             )
         try:
-            self.tools: tuple[dict[str, Any], ...] = tuple(self._hear()["tools"])  # that the policy must be told of
+            hello = self._hear()
+            self.tools: tuple[dict[str, Any], ...] = tuple(hello["tools"])  # that the policy must be told of
+            self.scores_cut: bool = hello["scores_cut"]  # an episode that ends for want of tokens or turns
         except BaseException:
             self.close()
             raise
@@ -117,6 +119,11 @@ class EnvironmentPool:
         """What follows these turns of the policy, in their order. A worker whose answer is a Failure is gone."""
         answers = self._exchange([(worker, {"step": action}) for worker, action in actions])
         return [answer if isinstance(answer, Failure) else Step(**answer) for answer in answers]
+
+    def cut(self, workers: Sequence[EpisodeWorker]) -> list[float | Failure]:
+        """What these episodes, which end for want of tokens or turns, are worth beside what they have earned."""
+        answers = self._exchange([(worker, {"cut": True}) for worker in workers])
+        return [answer if isinstance(answer, Failure) else answer["reward"] for answer in answers]
 
     def end(self, worker: EpisodeWorker) -> None:
         """Its episode is over."""
@@ -290,6 +297,9 @@ def made_of(settings: MultiTurn) -> tuple[str, dict[str, Any]]:
         case ToolEnvironment():
             options = {"functions": settings.tools, "call_format": settings.call_format.value, "max_turns": settings.max_turns}
             return "rlkit.data.environments.tools:Tools", options
+        case VerifiersEnvironment():
+            options = {"env_id": settings.env_id, "options": settings.options}
+            return "rlkit.data.environments.verifiers:Verifiers", options | {"observation_role": settings.observation_role.value}
         case GuessingGame():
             return "rlkit.data.environments.guessing:Guessing", {"higher": settings.higher, "lower": settings.lower}
         case _:

@@ -4,6 +4,8 @@ class Maze:
     def __init__(self, *, width: int = 5): ...      # once, with environment.options
     def reset(self, row, seed): ...                 # an episode begins
     def step(self, action): ...                     # the policy has had a turn
+    def cut(self): ...                              # may be left out: the episode ends for want of tokens or turns, and what it
+                                                    # returns is the last turn's reward, on top of what that turn has earned
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from typing import Any
 from rlkit.data.environments.protocol import Environment
 from rlkit.data.processes.channel import Channel
 from rlkit.data.processes.user_code import Location, describe, die_with, load, locate, show
-from rlkit.errors import ConfigError
+from rlkit.errors import ConfigError, ResourceError
 
 
 def main(arguments: list[str]) -> None:
@@ -31,13 +31,14 @@ def main(arguments: list[str]) -> None:
     control.set_inheritable(False)  # a program that an environment starts must not hold it open
     try:
         environment = make(locate("environment.env", entry, base_dir), options)
-    except ConfigError as error:
+    except (ConfigError, ResourceError) as error:
         _tell(control, {"config_error": str(error)})
         return
     except BaseException as error:  # whatever user code raises while it is imported or made, SystemExit included
         _tell(control, {"import_error": describe(error)})
         return
-    _tell(control, {"tools": list(getattr(environment, "tools", ()))})
+    scores_cut = callable(getattr(environment, "cut", None))
+    _tell(control, {"tools": list(getattr(environment, "tools", ())), "scores_cut": scores_cut})
     gc.collect()
     gc.freeze()  # else the first collection in each worker would copy what they share
     while True:
@@ -95,6 +96,8 @@ def serve(channel: Channel, environment: Environment) -> None:
         if "reset" in message:
             _seed(message["seed"])
             answer = _answer(lambda row=message["reset"], seed=message["seed"]: environment.reset(row, seed), _read_opening)
+        elif "cut" in message:
+            answer = _answer(environment.cut, _read_reward)  # pyright: ignore[reportAttributeAccessIssue]
         else:
             answer = _answer(lambda action=message["step"]: environment.step(action), _read_step)
         channel.send(answer)
@@ -120,6 +123,13 @@ def _read_opening(returned: Any) -> dict[str, Any]:
     if returned is not None and not isinstance(returned, str):
         return {"contract": f"reset() returned {show(returned)}, not text or None"}
     return {"observation": returned or ""}
+
+
+def _read_reward(returned: Any) -> dict[str, Any]:
+    reward = returned.item() if hasattr(returned, "item") else returned  # a scalar of numpy
+    if not isinstance(reward, bool | int | float) or not math.isfinite(reward):
+        return {"contract": f"cut() returned {show(reward)}, not a finite number"}
+    return {"reward": float(reward)}
 
 
 def _read_step(returned: Any) -> dict[str, Any]:

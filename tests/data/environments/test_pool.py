@@ -53,6 +53,9 @@ class Acts:
             case ["return", *what]: return eval(" ".join(what))
         return "|".join(self.said), float(len(self.said)), action == "end"
 
+class Appraises(Acts):
+    def cut(self): return eval(self.said[-1])
+
 class NoStep:
     def reset(self, row, seed): ...
 
@@ -189,10 +192,25 @@ def test_a_broken_contract_stops_the_run(open_pool, returned, what):
     assert what in str(caught.value)
 
 
+def test_an_environment_may_say_what_a_cut_off_episode_is_worth(open_pool):
+    assert not open_pool().scores_cut
+    pool = open_pool("Appraises")
+    assert pool.scores_cut
+    workers = begin(pool, 3)
+    pool.step([*zip(workers, ["0.25", "1/0", "np.float32(2)"], strict=True)])
+    first, failed, last = pool.cut(workers)
+    assert (first, last) == (0.25, 2.0)
+    assert isinstance(failed, Failure)
+    assert "ZeroDivisionError" in failed.message
+    pool.step([(workers[0], "'much'")])
+    with pytest.raises(DataError, match=r"cut\(\) returned a str \('much'\), not a finite number. Fix what it returns."):
+        pool.cut(workers[:1])
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("Gone", {}, "there is no Gone in it. It has Acts, NoStep, Raises"),
+        ("Gone", {}, "there is no Gone in it. It has Acts, Appraises, NoStep, Raises"),
         ("NoStep", {}, r"it has no step\(\). Write reset\(row, seed\) and step\(action\)"),
         ("Raises", {}, "importing it raised RuntimeError: no such service"),
         ("Acts", {"options": {"colour": 1}}, r"environment.options=\{'colour': 1\}: .* refuses them: .*colour"),
