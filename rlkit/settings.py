@@ -437,9 +437,9 @@ class MultiTurn(Environment):
     max_observation_tokens: int = 512  # a longer observation is cut, and counted
     observation_role: Role = Role.user  # of an observation where the prompt is chat; plain text has no roles
     timeout_s: float = 10.0  # wall clock per turn; the episode is killed at it, and not trained on
-    max_calls_at_once: int = 8  # turns that the environment works on together; more for one that waits for other services
-    max_episodes_at_once: int = 1024  # each in a process of its own
-    max_worker_mib: int = 4096  # of memory, per episode
+    max_calls_at_once: int | None = None  # turns that are worked on together; null: one per core; more where they wait for others
+    max_episodes_at_once: int = 1024  # of one batch, each in a process of its own
+    max_worker_mib: int = 4096  # of memory, of an episode's own process
     max_error_rate: float = 0.2  # above it, over the last 200 episodes, the run stops
     unsafe_allow_unsandboxed: bool = False  # programs that the model wrote may run without bubblewrap, where there is none
 
@@ -454,8 +454,8 @@ class MultiTurn(Environment):
             ),
             (0 < limit < math.inf, f"environment.timeout_s={limit}: no time to answer. Write seconds above 0; 10 is usual."),
             (
-                self.max_calls_at_once >= 1,
-                f"environment.max_calls_at_once={self.max_calls_at_once}: no call at all. Write 1 or more; 8 is usual.",
+                self.max_calls_at_once is None or self.max_calls_at_once >= 1,
+                f"environment.max_calls_at_once={self.max_calls_at_once}: no call at all. Write 1 or more, or null.",
             ),
             (
                 self.max_episodes_at_once >= 1,

@@ -25,7 +25,7 @@ from rlkit.data.prompts import PromptSet, load_prompts
 from rlkit.data.rewards.pool import RewardItem
 from rlkit.data.rewards.weighted import Rewards
 from rlkit.errors import ConfigError
-from rlkit.settings import CallFormat, MultiTurn, ToolEnvironment
+from rlkit.settings import CallFormat, EnvironmentReward, MultiTurn, ToolEnvironment
 from rlkit.types import (
     FinishReason,
     Prompt,
@@ -65,6 +65,7 @@ class EpisodeSampler(Sampler):
     history: History
     max_prompt_tokens: int
     max_model_tokens: int
+    has_outcome: bool  # something judges the answer beside what the environment gives
 
     def submit(self, label: str, prompts: Sequence[Prompt], group_size: int, sampling: SamplingSpec) -> SubmittedEpisodes:
         """Begin the episodes, and their first turns. See `Sampler.submit`."""
@@ -166,7 +167,8 @@ class EpisodeSampler(Sampler):
 
     def _request(self, episode: Episode, sampling: SamplingSpec) -> SampleRequest:
         piece = episode.now
-        left = min(sampling.max_tokens - episode.num_tokens, self.max_model_tokens - len(piece.prompt_ids) - len(piece.ids))
+        left = min(sampling.max_tokens - episode.num_tokens, self.max_model_tokens - episode.num_read)
+        assert left > 0  # `_observe` saw to it
         sample = f"{episode.sample_id}/turn-{episode.num_turns}"
         return SampleRequest(
             sample_id=sample,
@@ -209,11 +211,10 @@ class EpisodeSampler(Sampler):
     def _observe(self, episode: Episode, observation: str, max_tokens: int) -> None:
         text, is_cut = self.history.cut(observation, self.settings.max_observation_tokens)
         behind = self.history.behind(text, messages=episode.messages, rendered=episode.rendered, last_id=episode.now.ids[-1])
-        if behind.forks:
-            is_full = len(behind.ids) >= self.max_model_tokens
-        else:
-            is_full = episode.num_tokens + len(behind.ids) >= max_tokens
-        if is_full:  # not a token would be left for the turn
+        num_told = behind.num_told if behind.forks else len(behind.ids)
+        num_read = len(behind.ids) + (0 if behind.forks else episode.num_read)
+        # Not a token would be left for the turn, of all turns' budget or of the model's context.
+        if episode.num_tokens + num_told >= max_tokens or num_read >= self.max_model_tokens:
             episode.finish_reason = FinishReason.length
         else:
             episode.tell(behind, text, role=self.settings.observation_role.value, is_cut=is_cut)
@@ -260,7 +261,8 @@ class EpisodeSampler(Sampler):
         for episode in episodes:
             if (failure := episode.failure) is not None:
                 by_id[episode.sample_id] = RewardResult(sample_id=episode.sample_id, status=failure.status, message=failure.message)
-        return [episode.rollout(by_id[episode.sample_id]) for episode in episodes]
+        named = {"has_outcome": self.has_outcome, "earns": not isinstance(self.settings, ToolEnvironment)}
+        return [episode.rollout(by_id[episode.sample_id], **named) for episode in episodes]
 
 
 def open_environment(config: RunConfig, *, base_dir: Path) -> AbstractContextManager[EnvironmentPool | None]:
@@ -326,4 +328,5 @@ def make_sampler(
         history=History(tokenizer, role=settings.observation_role.value, tools=environment.tools),
         max_prompt_tokens=config.max_prompt_tokens,
         max_model_tokens=config.max_model_tokens,
+        has_outcome=not isinstance(config.reward, EnvironmentReward),
     )

@@ -15,6 +15,8 @@ from rlkit.core.advantages import RewardComponent
 from rlkit.core.aepo import Aepo, TemperedUse, TemperingState
 from rlkit.core.apo import first_advantages
 from rlkit.core.copo import answer_entropy
+from rlkit.core.divergences import Penalty
+from rlkit.core.estimators import Place
 from rlkit.core.ratios import Correction, correction_metrics, effective_fraction
 from rlkit.core.selectors import NoTokenFilter, Selector
 from rlkit.core.shaping import without_truncated
@@ -151,6 +153,11 @@ def episode_parts(config: RunConfig, rollouts: Sequence[Rollout]) -> list[tuple[
     why = "the model's chat template rewrites earlier turns, so an episode becomes several rows"
     if not config.compares_groups:
         raise ConfigError(f"advantage={choice_of('advantage', config.advantage)}: {why} with one advantage. Write advantage=grpo.")
+    divergence = config.divergence
+    if isinstance(divergence, Penalty) and divergence.place is not Place.loss:
+        raise ConfigError(
+            f"divergence.place={divergence.place.name}: {why}, and would count as often. Write divergence.place=loss."
+        )
     for group in ("advantage_weights", "divergence_weights", "prompt_advantage", "objective_weights", "tempering", "imitation"):
         if (chosen := choice_of(group, getattr(config, group))) != "none":
             raise ConfigError(f"{group}={chosen}: {why}, and would count as often. Write {group}=none, or another chat template.")

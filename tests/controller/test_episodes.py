@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rlkit.compose import compose
 from rlkit.controller.dispatch import Ticket
 from rlkit.controller.episodes import EpisodeSampler, make_sampler, open_environment, read_prompts
+from rlkit.controller.preparation import episode_parts, with_advantages
+from rlkit.data.collate import collate
 from rlkit.data.rewards.pool import RewardItem
 from rlkit.errors import ConfigError, RewardError
 from rlkit.types import Completion, FinishReason, Origin, Prompt, RewardResult, RewardStatus, SampleRequest, SamplingSpec
@@ -360,3 +363,51 @@ def test_parts_survive_being_stored(stage, tmp_path):
     assert [rollout.sample_id for rollout in back] == [rollout.sample_id for rollout in played]
     assert [part.response_ids.tolist() for part in back[1].parts] == [part.response_ids.tolist() for part in played[1].parts]
     assert back[0].transcript == played[0].transcript
+
+
+def test_a_piece_with_a_long_history_still_fits_into_the_context_and_the_budget(stage):
+    # Six turns that fork, each with an observation of 3 tokens, and then such that do not.
+    made = stage(
+        lambda sample, turn: "h/a" if turn < 6 else "b" * 20,
+        "environment.max_turns=100",
+        "max_prompt_tokens=300",
+        "max_response_tokens=300",
+        template=FORGETS,
+    )
+    [rollout] = play(made, [prompt(made, chat=True)], max_tokens=300).rollouts
+    for request in (request for wave in made.engines.waves for request in wave):
+        assert 0 < request.max_tokens <= 600 - len(request.prompt_ids)
+    assert rollout.finish_reason is FinishReason.length
+    told = sum(len(each["content"]) for each in rollout.transcript or () if each["role"] == "user")
+    sampled = sum(int((part.origin == Origin.policy).sum()) for part in (*rollout.parts, rollout))
+    assert told + sampled <= 300
+
+
+def test_a_turn_has_what_is_left_or_its_own_limit_whichever_is_less(stage):
+    made = stage(lambda sample, turn: "abcdefgh", "environment.max_turn_tokens=6")
+    play(made, [prompt(made)], max_tokens=20)
+    assert [wave[0].max_tokens for wave in made.engines.waves] == [6, 6, 2]  # 6 + 3, 6 + 3, and 2
+
+
+def test_the_environments_part_is_named_also_where_it_is_nothing(stage):
+    made = stage(
+        lambda sample, turn: "$1" if sample.endswith("0") and not turn else "stop", "reward=function", "reward.fn=expressions"
+    )
+    first, second = play(made, [prompt(made)], 2).rollouts
+    assert first.reward_components == {"outcome": 1.0, "environment": 1.0}
+    assert second.reward_components == {"outcome": 1.0, "environment": 0.0}
+
+
+def test_parts_take_the_advantage_of_their_own_episode_and_what_would_count_them_twice_is_refused(stage):
+    made = stage(lambda sample, turn: ("h/$1" if sample.endswith("0") else "h/a", "stop")[turn], template=FORGETS)
+    rollouts = play(made, [prompt(made, chat=True)], 3).rollouts
+    config = compose(["advantage=dr_grpo", "group_size=3"])
+    parts = episode_parts(config, rollouts)
+    rows = [*rollouts, *(part for part, _ in parts)]
+    batch, _ = with_advantages(config, collate(rows), rows, owners=[owner for _, owner in parts])
+    assert torch.equal(batch.advantages != 0, batch.response_mask)
+    first = [float(row[0]) for row in batch.advantages]
+    assert first == pytest.approx([2 / 3, -1 / 3, -1 / 3] * 2)  # of three episodes, not six
+    for override in ("advantage=gae critic=value_model", "advantage_weights=stcr", "divergence=js divergence.place=target"):
+        with pytest.raises(ConfigError, match="an episode becomes several rows"):
+            episode_parts(compose(override.split()), rollouts)

@@ -20,6 +20,7 @@ class Piece:
     """A prompt and what follows it, as the policy read and wrote it; the lists are of the response's tokens."""
 
     prompt_ids: tuple[int, ...]
+    num_told: int = 0  # tokens of its prompt that are the answer for which the piece before it ended
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # 0 where the policy did not sample
     versions: list[int] = field(default_factory=list)
@@ -78,7 +79,12 @@ class Episode:
     @property
     def num_tokens(self) -> int:
         """Of all turns and answers; a history that was written anew is counted once."""
-        return sum(len(piece.ids) for piece in self.pieces)
+        return sum(piece.num_told + len(piece.ids) for piece in self.pieces)
+
+    @property
+    def num_read(self) -> int:
+        """Tokens before the next turn."""
+        return len(self.now.prompt_ids) + len(self.now.ids)
 
     @property
     def answer(self) -> str:
@@ -102,7 +108,7 @@ class Episode:
     def tell(self, behind: Continuation, text: str, *, role: str, is_cut: bool) -> None:
         """The environment's answer, which belongs to the turn that it follows."""
         if behind.forks:
-            self.pieces.append(Piece(prompt_ids=tuple(behind.ids)))
+            self.pieces.append(Piece(prompt_ids=tuple(behind.ids), num_told=behind.num_told))
         else:
             self.now.told(behind.ids, turn=self.num_turns - 1)
         self.rendered = behind.rendered
@@ -113,13 +119,16 @@ class Episode:
         self.now.rewards[-1] += reward
         self.transcript[-1]["reward"] = self.transcript[-1].get("reward", 0.0) + reward
 
-    def rollout(self, result: RewardResult) -> Rollout:
+    def rollout(self, result: RewardResult, *, has_outcome: bool, earns: bool) -> Rollout:
         """As it is trained on: the environment's rewards where they were given, the outcome on the last token, and there too what
-        earlier pieces earned, because the last one stands for all."""
+        earlier pieces earned, because the last one stands for all. has_outcome: something judges the answer; earns: the environment
+        rewards turns. Where both do, the reward has named parts."""
         earned, components, reward = sum(sum(piece.rewards) for piece in self.pieces), result.components, None
         if result.reward is not None:
             reward = result.reward + earned
-            components = components | {"environment": earned} if earned or components else components
+            if earns:
+                outcome = {"outcome": result.reward} if has_outcome else {}
+                components = (components or outcome) | {"environment": earned}
         *earlier, last = self.pieces
         parts = [
             self._piece(piece, f"{self.sample_id}/part-{number}", replace(result, reward=reward), components)

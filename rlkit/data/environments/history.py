@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
+CHARACTERS_PER_TOKEN = 64  # of an observation, at most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,7 @@ class Continuation:
     ids: list[int]
     rendered: str  # the template's text of everything up to the next turn; empty for plain text
     forks: bool = False  # the template writes earlier turns otherwise now: `ids` is then the whole history, a new prompt
+    num_told: int = 0  # tokens of the observation in it
 
 
 class History:
@@ -32,6 +34,8 @@ class History:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, role: str, tools: Sequence[dict[str, Any]] = ()):
         self._tokenizer, self._role, self._tools = tokenizer, role, list(tools)
+        added = tokenizer.added_tokens_decoder.values()
+        self._special = sorted({token.content for token in added if len(token.content) > 1})
 
     def ids(self, text: str) -> list[int]:
         """Of a text in the middle of others."""
@@ -42,9 +46,17 @@ class History:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def cut(self, observation: str, max_tokens: int) -> tuple[str, bool]:
-        """The observation's first tokens, and whether that is less than all of it."""
-        ids = self.ids(observation)
-        return (observation, False) if len(ids) <= max_tokens else (str(self._tokenizer.decode(ids[:max_tokens])), True)
+        """The observation's first tokens, and whether that is less than all of it.
+
+        Special tokens that it spells are broken up by a space: what a tool found must not end a turn, or begin one.
+        """
+        text = observation[: CHARACTERS_PER_TOKEN * max_tokens]  # tokenising megabytes would hold up every episode
+        for token in self._special:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        ids = self.ids(text)
+        if len(ids) > max_tokens:
+            return str(self._tokenizer.decode(ids[:max_tokens])), True
+        return text, len(observation) > CHARACTERS_PER_TOKEN * max_tokens
 
     def behind(self, observation: str, *, messages: Sequence[Message] | None, rendered: str, last_id: int) -> Continuation:
         """What follows a turn of the policy, whose last token is `last_id`.
@@ -56,14 +68,15 @@ class History:
             return Continuation(ids=self.ids(observation), rendered="")
         now = self.render([*messages, {"role": self._role, "content": observation}])
         said = str(messages[-1]["content"])
-        for content in (said, said.strip()):  # many templates trim what they are given, which changes nothing that was sampled
+        # Many templates trim what they are given, which changes nothing that was sampled.
+        for content in (said, said.lstrip(), said.rstrip(), said.strip()):
             if now.startswith(rendered + content):
                 ids = self.ids(now[len(rendered + content) :])
                 # The template closes the turn with the token that the policy has sampled already.
                 if ids and ids[0] == last_id:
                     ids = ids[1:]
                 return Continuation(ids=ids, rendered=now)
-        return Continuation(ids=self.ids(now), rendered=now, forks=True)
+        return Continuation(ids=self.ids(now), rendered=now, forks=True, num_told=len(self.ids(observation)))
 
     def render(self, messages: Sequence[Message]) -> str:
         """Up to the start of the policy's next turn. Raises ConfigError where the template refuses the conversation."""
@@ -74,7 +87,7 @@ class History:
         except TemplateError as error:
             raise ConfigError(
                 f"environment.observation_role={self._role}: the model's chat template refuses the conversation ({error}). Write "
-                "another role, user or tool."
+                "another role, user or tool; where it refuses a system message, environment.tools has no place to be named."
             ) from None
 
     def check(self) -> None:

@@ -29,7 +29,9 @@ from rlkit.errors import ConfigError, DataError, ResourceError, RewardError
 from rlkit.settings import GuessingGame, MultiTurn, PythonEnvironment, ToolEnvironment, VerifiersEnvironment
 from rlkit.types import RewardStatus
 
+BATCHES = 4  # of episodes under way, where learning lags behind: see `max_staleness`
 POLL_S = 0.25  # how often a silent worker's memory is looked at
+MAX_ANSWER = 16 << 20  # bytes: what is longer would be cut to a few thousand
 OTHER_FILES = 1024  # that a run may have open
 EPISODES_PER_WORKER = 1000  # then it makes room for a fresh one
 
@@ -62,6 +64,7 @@ class EnvironmentPool:
         self._settings = settings
         self._start_limit_s = settings.start_limit_s if start_limit_s is None else start_limit_s
         self._entry, options = made_of(settings)
+        self._at_once = settings.max_calls_at_once or len(os.sched_getaffinity(0))
         _make_room(settings.max_episodes_at_once)
         base_dir = base_dir.resolve()
         locate("environment.env", self._entry, base_dir)
@@ -81,8 +84,13 @@ class EnvironmentPool:
                 # -P: a json.py in base_dir must not stand in for Python's own.
                 [sys.executable, "-P", "-m", "rlkit.data.environments.worker", *arguments],
                 cwd=base_dir,
-                # The cores belong to the engine and the learner.
-                env={"OMP_NUM_THREADS": "1", **os.environ, UNSAFE: "1" if settings.unsafe_allow_unsandboxed else "0"},
+                # The cores belong to the engine and the learner; and a set of texts has one order in every run.
+                env={
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONHASHSEED": "0",
+                    **os.environ,
+                    UNSAFE: "1" if settings.unsafe_allow_unsandboxed else "0",
+                },
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what it prints is for people to see, and standard output may be a program's input
@@ -143,7 +151,7 @@ class EnvironmentPool:
             raise stop
 
     def close(self) -> None:
-        """Kills every worker, and what they started."""
+        """Kills every worker, and what they started, but for what has made a session of its own."""
         with self._lock:
             workers, self._idle, self._busy = [*self._idle, *self._busy], [], set()
         for worker in workers:
@@ -167,9 +175,14 @@ class EnvironmentPool:
 
     def _worker(self) -> EpisodeWorker:
         with self._lock:
+            gone = []
+            while self._idle and self._idle[-1].channel.has_input():  # it says nothing unasked: it has ended
+                gone.append(self._idle.pop())
             worker = self._idle.pop() if self._idle else self._fork()
             self._busy.add(worker)
-            return worker
+        for each in gone:
+            self._kill(each)
+        return worker
 
     def _fork(self) -> EpisodeWorker:
         with ExitStack() as unused:
@@ -186,7 +199,7 @@ class EnvironmentPool:
                 ) from error
             unused.pop_all()
             theirs.close()
-        return EpisodeWorker(pid, Channel(ours))
+        return EpisodeWorker(pid, Channel(ours, max_bytes=MAX_ANSWER))
 
     def _hear(self) -> dict[str, Any]:
         """What the process that forks says. Raises ConfigError where it says that it cannot start."""
@@ -215,6 +228,7 @@ class EnvironmentPool:
         answers: list[dict[str, Any] | Failure] = [{} for _ in calls]
         waiting = deque(range(len(calls)))
         deadlines: dict[int, float] = {}  # of the calls under way
+        look_at = 0.0  # when their processes' memory is looked at again
         with selectors.DefaultSelector() as selector:
 
             def settle(index: int, answer: dict[str, Any] | Failure) -> None:
@@ -227,11 +241,13 @@ class EnvironmentPool:
                     self._drop(worker)
 
             while waiting or deadlines:
-                while waiting and len(deadlines) < self._settings.max_calls_at_once:
+                while waiting and len(deadlines) < self._at_once:
                     index = waiting.popleft()
                     worker, message = calls[index]
                     try:
                         worker.channel.send(message, timeout_s=self._settings.timeout_s)
+                    except TimeoutError:
+                        settle(index, self._late())
                     except OSError:
                         settle(index, Failure(status=RewardStatus.error, message="its process ended between two turns"))
                     else:
@@ -240,19 +256,27 @@ class EnvironmentPool:
                 if not deadlines:
                     continue
                 wait_s = min(min(deadlines.values()) - time.monotonic(), POLL_S)
-                ready = selector.select(max(wait_s, 0.0))
-                for key, _ in ready:
+                for key, _ in selector.select(max(wait_s, 0.0)):
                     if (answer := self._receive(calls[key.data][0])) is not None:
                         settle(key.data, answer)
                 now = time.monotonic()
                 for index in [index for index, deadline in deadlines.items() if deadline <= now]:
-                    limit = f"no answer within environment.timeout_s={self._settings.timeout_s:g}; its process was killed"
-                    settle(index, Failure(status=RewardStatus.timeout, message=limit))
-                for index in [] if ready else [*deadlines]:
+                    settle(index, self._late())
+                if now < look_at:
+                    continue
+                look_at = now + POLL_S
+                for index in [*deadlines]:
                     if (mib := memory_mib(calls[index][0].pid)) > self._settings.max_worker_mib:
-                        limit = f"grew to {mib:.0f} MiB, above environment.max_worker_mib={self._settings.max_worker_mib}"
-                        settle(index, Failure(status=RewardStatus.error, message=limit))
+                        settle(index, self._grown(mib))
         return answers
+
+    def _grown(self, mib: float) -> Failure:
+        limit = f"grew to {mib:.0f} MiB, above environment.max_worker_mib={self._settings.max_worker_mib}"
+        return Failure(status=RewardStatus.error, message=limit)
+
+    def _late(self) -> Failure:
+        limit = f"no answer within environment.timeout_s={self._settings.timeout_s:g}; its process was killed"
+        return Failure(status=RewardStatus.timeout, message=limit)
 
     def _receive(self, worker: EpisodeWorker) -> dict[str, Any] | Failure | None:
         """None: not all of it is there yet. Raises DataError for an answer that breaks the contract, ConfigError for a setting that
@@ -261,8 +285,12 @@ class EnvironmentPool:
             answer = worker.channel.receive(timeout_s=0.001)
         except TimeoutError:
             return None
+        except OverflowError:
+            return Failure(status=RewardStatus.error, message=f"its answer has more than {MAX_ANSWER >> 20} MiB")
         if answer is None:
             return Failure(status=RewardStatus.error, message="its process ended within a turn")
+        if (mib := memory_mib(worker.pid)) > self._settings.max_worker_mib:
+            return self._grown(mib)
         if "config_error" in answer:
             raise ConfigError(answer["config_error"])
         if "contract" in answer:
@@ -296,7 +324,7 @@ def made_of(settings: MultiTurn) -> tuple[str, dict[str, Any]]:
             return settings.env, settings.options
         case ToolEnvironment():
             options = {"functions": settings.tools, "call_format": settings.call_format.value, "max_turns": settings.max_turns}
-            return "rlkit.data.environments.tools:Tools", options
+            return "rlkit.data.environments.tools:Tools", options | {"timeout_s": settings.timeout_s}
         case VerifiersEnvironment():
             options = {"env_id": settings.env_id, "options": settings.options}
             return "rlkit.data.environments.verifiers:Verifiers", options | {"observation_role": settings.observation_role.value}
@@ -318,6 +346,6 @@ def _sent(row: Mapping[str, Any]) -> Any:
 def _make_room(num_episodes: int) -> None:
     """Each episode holds a socket open, and the usual limit of 1024 is meant for less: up to what the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = num_episodes + OTHER_FILES
+    wanted = BATCHES * num_episodes + OTHER_FILES
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

@@ -7,6 +7,7 @@ import inspect
 import json
 import operator
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -81,7 +82,7 @@ BUILT_IN: dict[str, Callable] = {"calculator": calculator, "python": python}
 class Tools:
     """Implements `Environment`: a turn is a call, or the answer."""
 
-    def __init__(self, *, functions: Sequence[str], call_format: str, max_turns: int):
+    def __init__(self, *, functions: Sequence[str], call_format: str, max_turns: int, timeout_s: float):
         """functions: names of BUILT_IN, or file.py:function. Raises ConfigError."""
         found = [_find(name) for name in functions]
         self._functions = {function.__name__: function for function in found}
@@ -91,6 +92,8 @@ class Tools:
         if python in found:
             open_sandbox()  # refuses here, and not in the first episode
         self._is_bare, self._max_turns, self._num_turns = call_format == "bare", max_turns, 0
+        # A turn's calls begin within it: else the policy could make an episode fail by several slow ones.
+        self._calls_s = timeout_s / 3
 
     @property
     def tools(self) -> list[dict[str, Any]]:
@@ -108,7 +111,11 @@ class Tools:
         calls = _CALL.findall(action)
         if not calls:
             return Step("", done=True)
-        return Step("\n".join(self._answer(call) for call in calls))
+        began, answers = time.monotonic(), []
+        for call in calls:
+            is_late = time.monotonic() - began > self._calls_s
+            answers.append("error: the calls before it took too long" if is_late else self._answer(call))
+        return Step("\n".join(answers))
 
     def _bare(self, action: str) -> Step:
         if not action.strip() or self._num_turns == self._max_turns:

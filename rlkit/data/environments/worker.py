@@ -7,8 +7,8 @@ was imported. So an episode that hangs or crashes is killed alone.
 from __future__ import annotations
 
 import gc
+import inspect
 import json
-import math
 import os
 import random
 import signal
@@ -22,6 +22,8 @@ from rlkit.data.environments.protocol import Environment
 from rlkit.data.processes.channel import Channel
 from rlkit.data.processes.user_code import Location, describe, die_with, load, locate, show
 from rlkit.errors import ConfigError, ResourceError
+
+MAX_REWARD = 1e30  # what is added up in float32 stays finite
 
 
 def main(arguments: list[str]) -> None:
@@ -56,15 +58,20 @@ def make(location: Location, options: dict[str, Any]) -> Environment:
     """Raises ConfigError where it is not one, or refuses its options."""
     made = load(location, package="environments")
     try:
-        environment = made(**options)
+        inspect.signature(made).bind(**options)
     except TypeError as error:
         raise ConfigError(f"environment.options={options}: {location.name} refuses them: {error}. Correct them.") from error
+    environment = made(**options)
     for method in ("reset", "step"):
         if not callable(getattr(environment, method, None)):
             raise ConfigError(
                 f"environment.env={location.name}: it has no {method}(). Write reset(row, seed) and step(action), which returns "
                 "(observation, reward, done)."
             )
+    if not all(isinstance(tool, dict) for tool in getattr(environment, "tools", ())):
+        raise ConfigError(
+            f"environment.env={location.name}: its `tools` are to be descriptions for the chat template, a list of dicts."
+        )
     return environment
 
 
@@ -122,12 +129,17 @@ def _answer(call: Callable[[], Any], read: Callable[[Any], dict[str, Any]]) -> d
 def _read_opening(returned: Any) -> dict[str, Any]:
     if returned is not None and not isinstance(returned, str):
         return {"contract": f"reset() returned {show(returned)}, not text or None"}
-    return {"observation": returned or ""}
+    return {"observation": _text(returned)}
+
+
+def _text(returned: str | None) -> str:
+    """Without half characters, which no tokenizer takes: a policy can write them in JSON, and a tool repeat them."""
+    return (returned or "").encode("utf-8", "replace").decode("utf-8")
 
 
 def _read_reward(returned: Any) -> dict[str, Any]:
     reward = returned.item() if hasattr(returned, "item") else returned  # a scalar of numpy
-    if not isinstance(reward, bool | int | float) or not math.isfinite(reward):
+    if not isinstance(reward, bool | int | float) or not abs(reward) <= MAX_REWARD:
         return {"contract": f"cut() returned {show(reward)}, not a finite number"}
     return {"reward": float(reward)}
 
@@ -140,11 +152,11 @@ def _read_step(returned: Any) -> dict[str, Any]:
     observation, reward, done = (each.item() if hasattr(each, "item") else each for each in returned)  # a scalar of numpy
     if observation is not None and not isinstance(observation, str):
         return {"contract": f"step() returned {show(observation)} for its observation, not {expected}"}
-    if not isinstance(reward, bool | int | float) or not math.isfinite(reward):
+    if not isinstance(reward, bool | int | float) or not abs(reward) <= MAX_REWARD:
         return {"contract": f"step() returned {show(reward)} for its reward, not {expected}"}
     if not isinstance(done, bool):
         return {"contract": f"step() returned {show(done)} for done, not {expected}"}
-    return {"observation": observation or "", "reward": float(reward), "done": done}
+    return {"observation": _text(observation), "reward": float(reward), "done": done}
 
 
 if __name__ == "__main__":

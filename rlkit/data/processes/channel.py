@@ -14,8 +14,9 @@ HEADER = struct.Struct(">I")  # the length of the JSON that follows, in bytes
 class Channel:
     """One end of a socket that carries JSON objects."""
 
-    def __init__(self, connection: socket.socket):
-        self._connection = connection
+    def __init__(self, connection: socket.socket, *, max_bytes: int | None = None):
+        """`max_bytes`: of a message that the other end may send; None: it is trusted."""
+        self._connection, self._max_bytes = connection, max_bytes
         self._buffer = bytearray()
 
     def send(self, message: dict[str, Any], timeout_s: float | None = None) -> None:
@@ -25,7 +26,8 @@ class Channel:
         self._connection.sendall(HEADER.pack(len(payload)) + payload)
 
     def receive(self, timeout_s: float | None = None) -> dict[str, Any] | None:
-        """The next message; None at the end of the stream. Raises TimeoutError when nothing complete arrives in time.
+        """The next message; None at the end of the stream. Raises TimeoutError when nothing complete arrives in time, and
+        OverflowError for a message that is too long.
 
         What has arrived when time is up is kept for the next call. `timeout_s` bounds each read of the socket.
         """
@@ -54,6 +56,8 @@ class Channel:
         if len(self._buffer) < HEADER.size:
             return None
         end = HEADER.size + HEADER.unpack_from(self._buffer)[0]
+        if self._max_bytes is not None and end > self._max_bytes:
+            raise OverflowError(f"a message of {end} bytes")
         if len(self._buffer) < end:
             return None
         message = json.loads(self._buffer[HEADER.size : end])

@@ -137,4 +137,4 @@ def describe(error: BaseException) -> dict[str, str]:
     except Exception:  # a broken __str__
         return {"summary": type(error).__name__, "traceback": ""}
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return {"summary": summary[:500] + where, "traceback": "\n".join(lines[-TRACEBACK_LINES:])}
+    return {"summary": summary[:500] + where, "traceback": "\n".join(line[:500] for line in lines[-TRACEBACK_LINES:])}

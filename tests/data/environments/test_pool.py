@@ -47,6 +47,10 @@ class Acts:
                 while True: hoard.append(bytearray(b"x" * (8 << 20)))
             case ["misconfigured"]: raise ConfigError("TOKEN is refused. Correct it.")
             case ["print"]: print("x" * 100_000)
+            case ["leak"]: self.hoard = [*getattr(self, "hoard", ()), bytearray(b"x" * (60 << 20))]
+            case ["huge"]: return "x" * (20 << 20), 0.0, False
+            case ["half"]: return chr(0xd800) + "|" + chr(0xdc80), 0.0, False
+            case ["hash"]: return ",".join({"alpha", "beta", "gamma", "delta", "epsilon"}), 0.0, False
             case ["luck"]: return repr(self.luck), 0.0, False
             case ["row"]: return repr(self.row), 0, False
             case ["numpy"]: return Step("", np.float32(0.5), bool(np.bool_(True)))
@@ -58,6 +62,10 @@ class Appraises(Acts):
 
 class NoStep:
     def reset(self, row, seed): ...
+
+class Tooled(NoStep):
+    tools = [print]
+    def step(self, action): ...
 
 class Raises:
     def __init__(self): raise RuntimeError("no such service")
@@ -121,14 +129,14 @@ def test_an_episode_is_the_same_for_the_same_seed_whatever_ran_before_it(open_po
 
 @pytest.mark.parametrize("action", ["sleep", "spin", "regex", "stop", "child"])
 def test_an_episode_that_hangs_is_killed_alone(open_pool, action):
-    pool = open_pool(timeout_s=0.5)
+    pool = open_pool(timeout_s=1.0, max_calls_at_once=4)
     workers = begin(pool, 4)
     started = time.monotonic()
     steps = pool.step([(worker, action if number == 2 else "go") for number, worker in enumerate(workers)])
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 3
     assert [step.observation for step in steps if not isinstance(step, Failure)] == ["go"] * 3
     assert steps[2] == Failure(
-        status=RewardStatus.timeout, message="no answer within environment.timeout_s=0.5; its process was killed"
+        status=RewardStatus.timeout, message="no answer within environment.timeout_s=1; its process was killed"
     )
     steps = pool.step([(worker, "on") for number, worker in enumerate(workers) if number != 2])
     assert [step.observation for step in steps] == ["go|on"] * 3
@@ -164,6 +172,49 @@ def test_an_episode_that_takes_too_much_memory_is_killed(open_pool):
     assert failed.status is RewardStatus.error
     assert failed.message.startswith("grew to ")
     assert failed.message.endswith("above environment.max_worker_mib=256")
+
+
+def test_an_episode_that_grows_in_quick_steps_is_killed_too(open_pool):
+    pool = open_pool(max_worker_mib=256)
+    worker = begin(pool)[0]
+    for _ in range(5):
+        [step] = pool.step([(worker, "leak")])
+        if isinstance(step, Failure):
+            break
+    assert isinstance(step, Failure)
+    assert step.message.startswith("grew to ")
+
+
+def test_an_answer_that_is_too_long_is_an_error_of_its_episode(open_pool):
+    pool = open_pool()
+    one, other = begin(pool, 2)
+    failed, fine = pool.step([(one, "huge"), (other, "go")])
+    assert failed == Failure(status=RewardStatus.error, message="its answer has more than 16 MiB")
+    assert fine.observation == "go"
+
+
+def test_half_characters_do_not_reach_the_tokenizer(open_pool):
+    pool = open_pool()
+    assert pool.step([(begin(pool)[0], "half")])[0].observation == "?|?"
+
+
+def test_a_set_has_the_same_order_in_every_run(open_pool):
+    said = set()
+    for _ in range(4):
+        pool = open_pool()
+        said.add(pool.step([(begin(pool)[0], "hash")])[0].observation)
+    assert len(said) == 1
+
+
+def test_a_worker_that_died_while_it_was_idle_costs_no_episode(open_pool):
+    pool = open_pool()
+    one, other = begin(pool, 2)
+    pool.end(one)
+    pool.end(other)
+    os.kill(other.pid, signal.SIGKILL)
+    time.sleep(0.1)
+    assert len(begin(pool, 2)) == 2
+    assert not Path(f"/proc/{other.pid}").exists()
 
 
 def test_a_row_that_reset_cannot_take_is_a_failure_of_that_episode(open_pool):
@@ -210,6 +261,7 @@ def test_an_environment_may_say_what_a_cut_off_episode_is_worth(open_pool):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
+        ("Tooled", {}, "Make it a list of dicts|a list of dicts"),
         ("Gone", {}, "there is no Gone in it. It has Acts, Appraises, NoStep, Raises"),
         ("NoStep", {}, r"it has no step\(\). Write reset\(row, seed\) and step\(action\)"),
         ("Raises", {}, "importing it raised RuntimeError: no such service"),

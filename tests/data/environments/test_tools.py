@@ -14,8 +14,8 @@ def call(name: str, **arguments) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
-def tools(*functions: str, call_format: str = "hermes", max_turns: int = 4) -> Tools:
-    made = Tools(functions=functions, call_format=call_format, max_turns=max_turns)
+def tools(*functions: str, call_format: str = "hermes", max_turns: int = 4, timeout_s: float = 10.0) -> Tools:
+    made = Tools(functions=functions, call_format=call_format, max_turns=max_turns, timeout_s=timeout_s)
     made.reset({}, 0)
     return made
 
@@ -100,6 +100,14 @@ def test_a_bare_turn_is_the_argument_and_the_last_or_an_empty_one_ends():
     bare.reset({}, 0)
     assert bare.step("  ") == Step("", done=True)
     assert bare.tools == []
+
+
+def test_calls_that_take_long_leave_no_time_for_others_and_are_no_failure(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("slow.py").write_text('import time\ndef nap(s: float) -> str:\n    """Sleeps."""\n    time.sleep(s)\n    return "slept"\n')
+    said = call("nap", s=0.2) + call("nap", s=0.2)
+    assert tools("slow.py:nap", timeout_s=0.3).step(said) == Step("slept\nerror: the calls before it took too long")
+    assert tools("slow.py:nap").step(said) == Step("slept\nslept")
 
 
 TOOLS = '''
