@@ -410,7 +410,7 @@ def test_the_python_tool_does_not_tell_the_policy_of_a_broken_service(serve, ope
     broken = {}
     server = serve(lambda number, body: broken.get("answer") or answer_of(body))
     monkeypatch.setenv(URL, server.url)
-    tools = Tools(functions=["python"], call_format="hermes", max_turns=4)
+    tools = Tools(functions=["python"], call_format="hermes", max_turns=4, timeout_s=10.0)
     call = '<tool_call>{"name": "python", "arguments": {"code": "print(6 * 7)"}}</tool_call>'
     assert tools.step(call).observation == "42"
     broken["answer"] = (200, "garbage")
