@@ -299,7 +299,7 @@ def read_prompts(
         [start] = environment.begin([(prompt.columns, 0)])
         if isinstance(start, Failure):
             raise ConfigError(
-                f"environment.env={environment.entry}: reset() of the row {prompt.id} failed: {start.message}. Its columns are "
+                f"{environment.name}: reset() of the row {prompt.id} failed: {start.message}. Its columns are "
                 f"{', '.join(prompt.columns)}."
             )
         environment.end(start[0])

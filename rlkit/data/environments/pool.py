@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlkit.data.environments.protocol import Step
 from rlkit.data.processes.budget import ErrorBudget
@@ -63,13 +63,14 @@ class EnvironmentPool:
         """
         self._settings = settings
         self._start_limit_s = settings.start_limit_s if start_limit_s is None else start_limit_s
-        self._entry, options = made_of(settings)
+        made = made_of(settings)
+        self.name = made.name  # for messages: the setting that chose it
         self._at_once = settings.max_calls_at_once or len(os.sched_getaffinity(0))
         _make_room(settings.max_episodes_at_once)
         base_dir = base_dir.resolve()
-        locate("environment.env", self._entry, base_dir)
+        locate("environment.env", made.entry, base_dir)
         self._budget = ErrorBudget(
-            f"environment.env={self._entry}",
+            self.name,
             key="environment.max_error_rate",
             limit=settings.max_error_rate,
             fix="Fix the environment, or what it depends on.",
@@ -78,7 +79,7 @@ class EnvironmentPool:
         self._idle: list[EpisodeWorker] = []
         self._busy: set[EpisodeWorker] = set()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arguments = [str(theirs.fileno()), str(os.getpid()), self._entry, str(base_dir), json.dumps(options)]
+        arguments = [str(theirs.fileno()), str(os.getpid()), made.entry, str(base_dir), json.dumps(made.options)]
         with theirs:
             self._process = subprocess.Popen(
                 # -P: a json.py in base_dir must not stand in for Python's own.
@@ -168,11 +169,6 @@ class EnvironmentPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def entry(self) -> str:
-        """Where the environment's class is."""
-        return self._entry
-
     def _worker(self) -> EpisodeWorker:
         with self._lock:
             gone = []
@@ -204,22 +200,20 @@ class EnvironmentPool:
     def _hear(self) -> dict[str, Any]:
         """What the process that forks says. Raises ConfigError where it says that it cannot start."""
         self._control.settimeout(self._start_limit_s)
-        entry = self._entry
         try:
             said = self._control.recv(1 << 20)
         except TimeoutError:
             raise RewardError(
-                f"environment.env={entry}: importing it took longer than {self._start_limit_s:g} s. Move slow work out of its "
-                "top level."
+                f"{self.name}: importing it took longer than {self._start_limit_s:g} s. Move slow work out of its top level."
             ) from None
         if not said:
-            raise ResourceError(f"environment.env={entry}: its process ended while importing it. See what it printed before.")
+            raise ResourceError(f"{self.name}: its process ended while importing it. See what it printed before.")
         answer = json.loads(said)
         if "config_error" in answer:
             raise ConfigError(answer["config_error"])
         if "import_error" in answer:
             error = answer["import_error"]
-            raise ConfigError(f"environment.env={entry}: importing it raised {error['summary']}. Fix it.\n{error['traceback']}")
+            raise ConfigError(f"{self.name}: importing it raised {error['summary']}. Fix it.\n{error['traceback']}")
         return answer
 
     def _exchange(self, calls: Sequence[tuple[EpisodeWorker, dict[str, Any]]]) -> list[dict[str, Any] | Failure]:
@@ -294,7 +288,7 @@ class EnvironmentPool:
         if "config_error" in answer:
             raise ConfigError(answer["config_error"])
         if "contract" in answer:
-            raise DataError(f"environment.env={self._entry}: {answer['contract']}. Fix what it returns.")
+            raise DataError(f"{self.name}: {answer['contract']}. Fix what it returns.")
         if "error" in answer:
             return Failure(status=RewardStatus.error, message=answer["error"]["summary"])
         return answer
@@ -317,22 +311,31 @@ class EnvironmentPool:
                 raise ResourceError(f"The process that environments are forked from has ended: {error}.") from error
 
 
-def made_of(settings: MultiTurn) -> tuple[str, dict[str, Any]]:
-    """Where an environment's class is (file.py:Class or package.module:Class), and what it is made with."""
+class Made(NamedTuple):
+    """How an environment comes to be."""
+
+    name: str  # the setting that chose it, as a user wrote it
+    entry: str  # where its class is: file.py:Class or package.module:Class
+    options: dict[str, Any]  # that the class is made with
+
+
+def made_of(settings: MultiTurn) -> Made:
+    """Raises ConfigError for settings that no class stands for."""
     match settings:
         case PythonEnvironment():
-            return settings.env, settings.options
+            return Made(f"environment.env={settings.env}", settings.env, settings.options)
         case ToolEnvironment():
             options = {"functions": settings.tools, "call_format": settings.call_format.value, "max_turns": settings.max_turns}
-            return "rlkit.data.environments.tools:Tools", options | {"timeout_s": settings.timeout_s}
+            return Made("environment=tools", "rlkit.data.environments.tools:Tools", options | {"timeout_s": settings.timeout_s})
         case VerifiersEnvironment():
-            options = {"env_id": settings.env_id, "options": settings.options}
-            return "rlkit.data.environments.verifiers:Verifiers", options | {"observation_role": settings.observation_role.value}
+            options = {"env_id": settings.env_id, "options": settings.options, "observation_role": settings.observation_role.value}
+            return Made(f"environment.env_id={settings.env_id}", "rlkit.data.environments.verifiers:Verifiers", options)
         case GuessingGame():
-            return "rlkit.data.environments.guessing:Guessing", {"higher": settings.higher, "lower": settings.lower}
+            options = {"higher": settings.higher, "lower": settings.lower}
+            return Made("environment=guessing_game", "rlkit.data.environments.guessing:Guessing", options)
         case _:
             raise ConfigError(
-                f"environment={type(settings).__name__}: rlkit/data/environments/pool.py has no class for it. Add one."
+                f"environment={type(settings).__name__}: rlkit/data/environments/pool.py knows no class for it. Add it."
             )
 
 

@@ -361,3 +361,14 @@ def test_the_death_of_the_process_they_are_forked_from_is_loud(open_pool):
     with pytest.raises(ResourceError, match=r"has ended|ended while"):
         pool.begin([({}, 0), ({}, 1)])
     del worker
+
+
+def test_the_example_in_the_documentation_plays(tmp_path):
+    text = (Path(__file__).parents[3] / "docs" / "environments.md").read_text(encoding="utf-8")
+    (tmp_path / "maze.py").write_text(text.split("```python\n")[1].split("```")[0])
+    settings = PythonEnvironment(env="maze.py:Maze", options={"width": 2})
+    with EnvironmentPool(settings, base_dir=tmp_path) as pool:
+        [worker] = begin(pool)
+        assert pool.step([(worker, "left")])[0].observation == "You are at -1."
+        steps = [pool.step([(worker, "right")])[0] for _ in range(3)]
+    assert [step.done for step in steps] == [False, False, True]
