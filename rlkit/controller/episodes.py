@@ -87,8 +87,6 @@ class EpisodeSampler(Sampler):
         begun = self._begin(waiting, room=self.settings.max_episodes_at_once)
         environment_s = time.monotonic() - started
         return SubmittedEpisodes(
-            owners=[episode.prompt for episode in episodes],
-            generation=None,
             started=started,
             episodes=episodes,
             waiting=waiting,

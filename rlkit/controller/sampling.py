@@ -67,11 +67,11 @@ class Sampler:
             for place, prompt in enumerate(prompts)
             for index in range(group_size)
         ]
-        return Submitted(owners=owners, generation=self.engines.generate(requests, sampling), started=started)
+        return SubmittedResponses(owners=owners, generation=self.engines.generate(requests, sampling), started=started)
 
     def collect(self, submitted: Submitted) -> Sampled:
         """Wait for the responses and score them. Raises RewardError when too many rewards fail."""
-        assert submitted.generation is not None  # of `submit`
+        assert isinstance(submitted, SubmittedResponses)  # of `submit`
         completions = submitted.generation.result()
         generated = time.monotonic()
         # Special tokens end a response; they are no part of the answer that a reward function reads.
@@ -119,8 +119,14 @@ class Sampler:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submitted:
+    """What a sampler has under way."""
+
+    started: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubmittedResponses(Submitted):
     """Responses under way, and whose they are."""
 
     owners: list[Prompt]
-    generation: Generation | Ticket | None  # None: there are turns, see `episodes.py`
-    started: float
+    generation: Generation | Ticket

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlkit.controller.sampling import Sampler, Submitted
+from rlkit.controller.sampling import Sampler, SubmittedResponses
 from rlkit.types import Completion, FinishReason, Prompt, RewardResult, RewardStatus, SamplingSpec
 
 VOCABULARY = ["<eos>", "ab;", "c", ";d", "e", ";"]
@@ -63,7 +63,7 @@ def collect(tokenizer, tokens: list[str], reward: float | None, *earned: tuple[i
     engines: Any = Engines(completion)
     rewards: Any = Rewards(reward, earned)
     sampler = Sampler(engines=engines, rewards=rewards, tokenizer=tokenizer, seed=0)
-    (rollout,) = sampler.collect(Submitted(owners=[prompt], generation=engines, started=0.0)).rollouts
+    (rollout,) = sampler.collect(SubmittedResponses(owners=[prompt], generation=engines, started=0.0)).rollouts
     return rollout
 
 
