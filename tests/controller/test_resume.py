@@ -148,17 +148,24 @@ def test_a_run_cut_and_resumed_is_the_run_that_was_not(where, uncut, monkeypatch
     assert outcome("run") == uncut
 
 
+def check_cut_and_resumed(monkeypatch, settings: list[str], *, num_steps: int) -> dict:
+    """A run that is cut in its last step and resumed is the run that was not, whose outcome is returned."""
+    start("whole", *settings)
+    with monkeypatch.context() as patch:
+        raise_at(patch, loop.Run, "learn", num_steps)
+        with pytest.raises(Cut):
+            start("run", *settings)
+    resume("run")
+    whole = outcome("whole", num_steps=num_steps)
+    assert outcome("run", num_steps=num_steps) == whole
+    return whole
+
+
 def test_a_run_that_trains_adapters_too(monkeypatch):
     """Its checkpoint has nothing of the frozen model but what it was merged into."""
     settings = ["learner=lora", "learner.lora_rank=2", "num_steps=2", "checkpoint_every=1", "prompts_per_step=2"]
     settings += ["evaluation.every=0", "evaluation.num_prompts=1", "max_response_tokens=6"]
-    start("whole", *settings)
-    with monkeypatch.context() as patch:
-        raise_at(patch, loop.Run, "learn", 2)
-        with pytest.raises(Cut):
-            start("run", *settings)
-    resume("run")
-    assert outcome("run", num_steps=2) == outcome("whole", num_steps=2)
+    check_cut_and_resumed(monkeypatch, settings, num_steps=2)
 
 
 KL = ["divergence=reverse_kl", "divergence.estimator=k3_weighted"]
@@ -215,13 +222,7 @@ def test_what_a_strategy_remembers_is_there_after_a_resume(what, monkeypatch):
 def test_a_run_of_several_turns_cut_and_resumed_is_the_run_that_was_not(monkeypatch):
     settings = ["environment=tools", "environment.call_format=bare", "environment.tools=[calculator]", "environment.max_turns=2"]
     settings += ["num_steps=3", "checkpoint_every=1", "max_response_tokens=30", "evaluation.every=0", "evaluation.num_prompts=1"]
-    start("whole", *settings)
-    with monkeypatch.context() as patch:
-        raise_at(patch, loop.Run, "learn", 3)
-        with pytest.raises(Cut):
-            start("run", *settings)
-    resume("run")
-    assert outcome("run", num_steps=3) == outcome("whole", num_steps=3)
+    check_cut_and_resumed(monkeypatch, settings, num_steps=3)
 
 
 MOVING = {  # rule -> how it is seen to move in four steps
@@ -236,14 +237,7 @@ MOVING = {  # rule -> how it is seen to move in four steps
 def test_a_reference_that_moves_is_there_after_a_resume(rule, monkeypatch):
     settings = [f"reference={rule}", "num_steps=4", "checkpoint_every=2", "max_response_tokens=8", *MOVING[rule]]
     settings += ["evaluation.every=0", "evaluation.num_prompts=1"]
-    start("whole", *settings)
-    with monkeypatch.context() as patch:
-        raise_at(patch, loop.Run, "learn", 4)
-        with pytest.raises(Cut):
-            start("run", *settings)
-    resume("run")
-    whole = outcome("whole", num_steps=4)
-    assert outcome("run", num_steps=4) == whole
+    whole = check_cut_and_resumed(monkeypatch, settings, num_steps=4)
     assert json.loads(whole["reference"]["reference.json"])["ref_version"] >= 1
 
 
