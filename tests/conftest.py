@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,21 @@ import torch
 
 from rlkit.data.collate import collate
 from rlkit.types import FinishReason, Origin, RewardStatus, Rollout, TrainBatch
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., bool]:
+    """A function (condition, limit_s) -> whether it came true in time. The limit is long: only a failure waits for it."""
+
+    def wait(condition: Callable[[], Any], limit_s: float = 30.0) -> bool:
+        end = time.monotonic() + limit_s
+        while not condition():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.01)
+        return True
+
+    return wait
 
 
 @pytest.fixture(scope="session")

@@ -133,15 +133,6 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until(condition, limit_s=5.0) -> bool:
-    end = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def test_results_have_the_order_of_the_items_whatever_worker_scored_them(open_pool):
     pool = open_pool("number", num_workers=3)
     results = pool.score(make_items(*map(str, range(2000))))
@@ -230,7 +221,7 @@ def test_the_limit_is_per_call_not_per_message(open_pool, base_dir):
     assert {result.status for result in pool.score(make_items(*"x" * 12))} == {ok}
 
 
-def test_twenty_hangs_leave_the_pool_at_full_size_without_processes_or_descriptors_left_over(open_pool):
+def test_twenty_hangs_leave_the_pool_at_full_size_without_processes_or_descriptors_left_over(open_pool, wait_until):
     pool = open_pool(num_workers=2, timeout_s=0.05)
     pool.score(make_items("x", "x"))
     gc.collect()  # a socket of an earlier test that waits for it would be missed below
@@ -243,7 +234,7 @@ def test_twenty_hangs_leave_the_pool_at_full_size_without_processes_or_descripto
         pids |= set(pool.worker_pids)
     alive = {result.reward for result in pool.score(make_items(*["pid"] * 200))}
     assert alive <= {float(pid) for pid in pool.worker_pids}
-    # The last replacement may still be starting, which takes a descriptor more for a moment.
+    # For a moment more are open: of a replacement that is starting, and of a worker's memory that is looked up.
     assert wait_until(lambda: len(os.listdir("/proc/self/fd")) == descriptors)
     assert not any(is_running(pid) for pid in pids - set(pool.worker_pids))
     assert threading.active_count() == threads
@@ -260,7 +251,7 @@ def test_a_crash_is_tried_once_more_then_an_error(open_pool, tmp_path):
     assert results[4].message == "its worker was killed by SIGSEGV, 2 times"
 
 
-def test_a_worker_killed_from_outside_loses_no_sample(open_pool, tmp_path):
+def test_a_worker_killed_from_outside_loses_no_sample(open_pool, tmp_path, wait_until):
     pool = open_pool(num_workers=1, timeout_s=30.0)
     mark = tmp_path / "mark"
     future = pool.submit(make_items("x", f"write {mark}", "x"))
@@ -274,7 +265,7 @@ def test_a_worker_killed_from_outside_loses_no_sample(open_pool, tmp_path):
     assert second.message == "its worker was killed by SIGKILL, 2 times"
 
 
-def test_a_replacement_killed_while_it_starts_is_replaced_too(open_pool):
+def test_a_replacement_killed_while_it_starts_is_replaced_too(open_pool, wait_until):
     pool = open_pool(num_workers=1)
     [first] = pool.worker_pids
     os.kill(first, signal.SIGKILL)
@@ -379,7 +370,7 @@ def test_the_first_failure_is_shown_once_with_its_traceback(open_pool, caplog):
     assert 'case ["raise"]: return 1 / 0' in record.getMessage()
 
 
-def test_too_many_failures_stop_the_run_with_one_sentence(open_pool):
+def test_too_many_failures_stop_the_run_with_one_sentence(open_pool, wait_until):
     pool = open_pool(max_error_rate=0.2, num_workers=1)
     pool.score(make_items(*["x"] * 150, *["raise"] * 40))  # 40 of the last 200 is exactly the limit
     with pytest.raises(RewardError) as caught:
@@ -423,7 +414,7 @@ def test_a_pool_where_everything_hangs_ends_in_time(open_pool):
         ("slow.py:f", RewardError, "importing it took longer than 0.5 s"),
     ],
 )
-def test_a_function_that_cannot_be_imported_is_refused_at_the_start(open_pool, function, kind, message):
+def test_a_function_that_cannot_be_imported_is_refused_at_the_start(open_pool, function, kind, message, wait_until):
     before = threading.active_count()
     with pytest.raises(kind) as caught:
         open_pool(function, num_workers=2, start_limit_s=0.5 if function == "slow.py:f" else 60.0)
@@ -431,7 +422,7 @@ def test_a_function_that_cannot_be_imported_is_refused_at_the_start(open_pool, f
     assert wait_until(lambda: threading.active_count() == before)
 
 
-def test_closing_kills_workers_and_what_they_started_and_ends_waiting_jobs(open_pool):
+def test_closing_kills_workers_and_what_they_started_and_ends_waiting_jobs(open_pool, wait_until):
     pool = open_pool(num_workers=1, timeout_s=60.0)
     future = pool.submit(make_items("child"))
     [pid] = pool.worker_pids
@@ -448,7 +439,7 @@ def test_closing_kills_workers_and_what_they_started_and_ends_waiting_jobs(open_
         pool.score(make_items("x"))
 
 
-def test_workers_die_with_their_owner(base_dir):
+def test_workers_die_with_their_owner(base_dir, wait_until):
     code = (
         "import os, signal, time\nfrom pathlib import Path\nfrom rlkit.data.rewards.process import WorkerProcess\n"
         "limits = dict(convention='auto', max_mib=999, unsandboxed=False, start_limit_s=60)\n"

@@ -62,7 +62,7 @@ def latencies(pool: RewardPool, until) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_thousand_hangs_cost_nothing_but_their_own_samples(tmp_path):
+def test_a_thousand_hangs_cost_nothing_but_their_own_samples(tmp_path, wait_until):
     (tmp_path / "hanging.py").write_text(HANGING)
     (tmp_path / "quick.py").write_text(QUICK)
     before, running = descriptors(), children()
@@ -79,7 +79,8 @@ def test_a_thousand_hangs_cost_nothing_but_their_own_samples(tmp_path):
         # At full size: as many calls as there are workers sleep side by side.
         assert [result.status for result in storm.score(items(*["fine"] * 100))] == [RewardStatus.ok] * 100
         assert len(storm.worker_pids) == NUM_WORKERS
-        assert descriptors() == opened
+        # A worker's memory is looked up after its last answer too, in a file that is open for a moment.
+        assert wait_until(lambda: descriptors() == opened)
         p99_quiet, p99_stormy = np.percentile(quiet, 99), np.percentile(stormy, 99)
         print(f"p99 {1000 * p99_quiet:.1f} ms quiet, {1000 * p99_stormy:.1f} ms beside {NUM_HANGS} hangs, {len(stormy)} calls")
         assert p99_stormy <= 2 * p99_quiet + 0.05

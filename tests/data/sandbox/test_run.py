@@ -117,18 +117,8 @@ def outside(tmp_path_factory):
         each.close()
 
 
-def all_ended(limit_s: float = 3.0) -> bool:
-    """Whether every process of a sandbox is gone, within a moment: the kernel kills the last of them when the first is dead."""
-    end = time.monotonic() + limit_s
-    while sandboxed():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 def sandboxed() -> set[int]:
-    """Processes of any sandbox."""
+    """Processes of any sandbox. They end a moment after it: the kernel kills the last of them when the first is dead."""
     found = set()
     for folder in Path("/proc").iterdir():
         try:
@@ -144,7 +134,7 @@ def run(code: str, *cases: Case, limits: Limits = QUICK, entry_point: str = ""):
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS)
-def test_an_attempt_to_get_out_fails_and_leaves_nothing_behind(attempt, outside):
+def test_an_attempt_to_get_out_fails_and_leaves_nothing_behind(attempt, outside, wait_until):
     planted = [
         Path(path) for path in ("/usr/lib/planted", "/planted", "/dev/planted", "/dev/shm/planted", "/tmp/link", "/tmp/d", "/tmp/s")
     ]
@@ -154,7 +144,7 @@ def test_an_attempt_to_get_out_fails_and_leaves_nothing_behind(attempt, outside)
     if "ctypes" in ATTEMPTS[attempt]:  # the kernel was asked, and said no
         assert outcome.status == "ok", outcome
     assert not any(path.exists() for path in planted)
-    assert all_ended()
+    assert wait_until(lambda: not sandboxed())
 
 
 @pytest.mark.parametrize(
@@ -180,14 +170,14 @@ def test_an_attempt_to_get_out_fails_and_leaves_nothing_behind(attempt, outside)
         ("import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(1000)\n    os._exit(0)", {"ok"}),
     ],
 )
-def test_nothing_is_used_up_and_nothing_stays(bomb, statuses):
+def test_nothing_is_used_up_and_nothing_stays(bomb, statuses, wait_until):
     began = time.monotonic()
     [outcome] = run(bomb)
     assert outcome.status in statuses, outcome
     assert len(outcome.stdout) <= QUICK.output_bytes
     assert len(outcome.stderr) <= QUICK.output_bytes
     assert time.monotonic() - began < 6
-    assert all_ended()
+    assert wait_until(lambda: not sandboxed())
 
 
 def test_programs_read_print_and_return():
@@ -227,7 +217,7 @@ def test_all_cases_together_have_a_limit():
     assert time.monotonic() - began < 3.5
 
 
-def test_one_case_leaves_nothing_for_the_next():
+def test_one_case_leaves_nothing_for_the_next(wait_until):
     code = (
         "import os, time\n"
         "print(os.listdir('/tmp'), [p for p in os.listdir('/proc') if p.isdigit()][3:], flush=True)\n"
@@ -238,7 +228,7 @@ def test_one_case_leaves_nothing_for_the_next():
     first, second = run(code, Case(stdin="x"), Case(stdin="x"))
     assert (first.status, second.status) == ("ok", "ok"), second
     assert first.stdout == second.stdout == "[] []\n"
-    assert all_ended()
+    assert wait_until(lambda: not sandboxed())
 
 
 def test_the_standard_library_is_there():
@@ -278,7 +268,7 @@ def test_an_answer_of_another_form_is_none(answer):
     os.close(reader)
 
 
-def test_a_sandbox_dies_with_the_process_that_started_it(tmp_path):
+def test_a_sandbox_dies_with_the_process_that_started_it(tmp_path, wait_until):
     code = (
         "import os, signal, threading, time\nfrom rlkit.data.sandbox import *\n"
         "sandbox = open_sandbox()\n"
@@ -287,7 +277,7 @@ def test_a_sandbox_dies_with_the_process_that_started_it(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
     assert done.returncode == -9
-    assert all_ended()
+    assert wait_until(lambda: not sandboxed())
 
 
 def test_several_threads_may_run_programs():

@@ -231,7 +231,7 @@ def shared_memory() -> set[str]:
 
 @pytest.mark.slow
 def test_two_tensor_parallel_workers_hold_the_learners_weights_refuse_torn_ones_and_end_with_their_engine(
-    learner, random_model, ray_cluster
+    learner, random_model, ray_cluster, wait_until
 ):
     """What the actor checked was written by itself; a file may still be damaged on its way. Half a model must never sample."""
     folder = random_model(tied=True, num_key_value_heads=2)
@@ -263,10 +263,7 @@ def test_two_tensor_parallel_workers_hold_the_learners_weights_refuse_torn_ones_
         handle.call("generate", under_way(1), SamplingSpec(max_tokens=4, stop_token_ids=())).result(DEADLINE_S)
     assert not shared_memory()
     # Whoever lost it has been stopped, and so have the processes below it.
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+    assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes))
 
 
 class TearsFiles(AsyncVllmRolloutEngine):
