@@ -1,8 +1,6 @@
 import asyncio
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -11,59 +9,6 @@ from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.errors import ConfigError
 from rlkit.settings import Reward
 from rlkit.types import RewardStatus
-
-
-class Server(ThreadingHTTPServer):
-    """Answers every POST by what the test says; remembers what it got."""
-
-    daemon_threads = False  # so that closing waits for them, and no later test finds their sockets
-
-    def __init__(self, answer, headers):
-        self.answer, self.headers, self.seen, self.under_way, self.most_under_way = answer, headers, [], 0, 0
-        self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        server = self.server
-        assert isinstance(server, Server)
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.seen.append((body, self.headers.get("Authorization")))
-            server.under_way += 1
-            server.most_under_way = max(server.most_under_way, server.under_way)
-            number = len(server.seen)
-        status, answer = server.answer(number, body)
-        with server.lock:
-            server.under_way -= 1
-        self.send_response(status)
-        for header in server.headers.items():
-            self.send_header(*header)
-        self.end_headers()
-        self.wfile.write(answer.encode())
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(answer, **headers):
-        servers.append(Server(answer, headers))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def items(*texts):
@@ -184,8 +129,8 @@ def test_a_judge_marks_what_it_is_shown(serve, monkeypatch, tmp_path):
     assert (good.reward, good.status) == (0.75, RewardStatus.ok)
     assert (none.reward, none.status) == (None, RewardStatus.error)
     assert "the judge gave no mark" in none.message
-    assert server.seen[0][1] == "Bearer canary"
-    assert "<reference>\na\n</reference>" in server.seen[0][0]["messages"][0]["content"]
+    assert server.seen[0].authorization == "Bearer canary"
+    assert "<reference>\na\n</reference>" in server.seen[0].body["messages"][0]["content"]
 
 
 def test_a_missing_address_is_named_before_the_run(tmp_path, monkeypatch):

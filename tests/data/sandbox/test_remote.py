@@ -4,9 +4,8 @@
 import json
 import os
 import shutil
-import threading
+import socket
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -24,8 +23,13 @@ CAPTURED = 1 << 20  # bytes of each text: a service keeps no more
 QUICK = Limits(wall_s=1.5, total_s=3.0)
 
 
-def service(body):
+def fusion(number, body):
     """What SandboxFusion would answer."""
+    status, ran = outcome_of(body)
+    return 200, json.dumps({"status": status, "message": "", "compile_result": None, "run_result": ran, "files": {}})
+
+
+def outcome_of(body):
     began = time.monotonic()
     path = shutil.which("bwrap", path="/usr/bin:/usr/local/bin:/bin")
     assert path, "install bubblewrap (Debian and Ubuntu: sudo apt install bubblewrap)"
@@ -37,66 +41,6 @@ def service(body):
         return "Failed", {"status": "TimeLimitExceeded", "return_code": None, **took}
     code = {"ok": 0, "output": 0, "error": 1, "killed": -9}[outcome.status]
     return "Failed" if code else "Success", {"status": "Finished", "return_code": code, **took}
-
-
-def answer_of(body):
-    status, ran = service(body)
-    return 200, json.dumps({"status": status, "message": "", "compile_result": None, "run_result": ran, "files": {}})
-
-
-class Server(ThreadingHTTPServer):
-    """Answers by what the test says: of the number and the body of a request, a status and a text, or None to hang up."""
-
-    daemon_threads = False
-
-    def __init__(self, answer):
-        self.answer, self.seen, self.lock = answer, [], threading.Lock()
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        server = self.server
-        assert isinstance(server, Server)
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.seen.append((self.path, body, self.headers.get("Authorization")))
-            number = len(server.seen)
-        said = server.answer(number, body)
-        if said is None:
-            return
-        self.send_response(said[0])
-        if said[0] == 302:
-            self.send_header("Location", said[1])
-        self.end_headers()
-        try:
-            for part in said[1] if isinstance(said[1], list) else [said[1]]:
-                self.wfile.write(part.encode() if isinstance(part, str) else part())
-                self.wfile.flush()
-        except (BrokenPipeError, ConnectionResetError):  # it was too late
-            pass
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(answer=lambda number, body: answer_of(body)):
-        servers.append(Server(answer))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture
@@ -114,8 +58,8 @@ def ok(stdout, seconds=0.1):
 
 
 def closed_port():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as gone:
-        return gone.server_port
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        return gone.getsockname()[1]
 
 
 def items(*texts, **columns):
@@ -125,7 +69,7 @@ def items(*texts, **columns):
 
 
 def test_programs_read_print_and_return_as_in_the_local_sandbox(serve):
-    sandbox = Remote(serve().url)
+    sandbox = Remote(serve(fusion).url)
     first, second = sandbox.run(Program(code="print(input()[::-1])"), [Case(stdin="abc"), Case(stdin="\u00e9\U0001f680")])
     assert (first.status, first.stdout, second.stdout) == ("ok", "cba\n", "\U0001f680\u00e9\n")
     function = Program(code="print('seen')\ndef f(x, y=2): return [x * y, None, '\u00e9']", entry_point="f")
@@ -142,8 +86,9 @@ def test_programs_read_print_and_return_as_in_the_local_sandbox(serve):
 def test_what_the_service_is_asked(serve):
     server = serve(lambda number, body: ok("1\n"))
     Remote(server.url, token=CANARY).run(Program(code="print(input())"), [Case(stdin="1")], Limits(wall_s=2.0, memory_mib=99))
-    [(path, body, authorization)] = server.seen
-    assert (path, authorization) == ("/run_code", f"Bearer {CANARY}")
+    [request] = server.seen
+    assert (request.path, request.authorization) == ("/run_code", f"Bearer {CANARY}")
+    body = request.body
     assert (body["language"], body["code"], body["stdin"]) == ("python", "print(input())", "1")
     assert (body["run_timeout"], body["compile_timeout"], body["memory_limit_MB"]) == (2.0, 2.0, 99)
 
@@ -164,7 +109,7 @@ def test_what_the_service_is_asked(serve):
 def test_whatever_a_program_does_there_is_an_outcome(serve, code, statuses, entry_point):
     case = Case(arguments=[]) if entry_point else Case()
     began = time.monotonic()
-    [outcome] = Remote(serve().url).run(Program(code=f"{code}\ndef f(): return 1", entry_point=entry_point), [case], QUICK)
+    [outcome] = Remote(serve(fusion).url).run(Program(code=f"{code}\ndef f(): return 1", entry_point=entry_point), [case], QUICK)
     assert outcome.status in statuses, outcome
     assert len(outcome.stdout) <= QUICK.output_bytes
     assert len(outcome.stderr) <= QUICK.output_bytes
@@ -217,21 +162,21 @@ for nonce in found or [b"0" * 32]:
     ],
 )
 def test_what_is_printed_is_not_what_is_returned(serve, forgery, status):
-    [outcome] = Remote(serve().url).run(Program(code=forgery, entry_point="f"), [Case(arguments=[])])
+    [outcome] = Remote(serve(fusion).url).run(Program(code=forgery, entry_point="f"), [Case(arguments=[])])
     assert (outcome.status, outcome.value) == (status, 41 if status == "ok" else None), outcome
 
 
 def test_a_program_does_not_find_the_nonce(serve):
-    server = serve()
+    server = serve(fusion)
     [outcome] = Remote(server.url).run(Program(code=f"{LOOK}\nprint(found)\ndef f(): pass", entry_point="f"), [Case(arguments=[])])
-    [(_, body, _)] = server.seen
+    [request] = server.seen
     assert outcome.status == "ok"
-    assert json.loads(body["stdin"])["nonce"] not in outcome.stdout
+    assert json.loads(request.body["stdin"])["nonce"] not in outcome.stdout
 
 
 def test_a_program_that_takes_all_the_time_is_late_and_a_slow_service_is_an_error(serve):
     limits = Limits(wall_s=0.4, total_s=0.8)
-    outcomes = Remote(serve().url).run(Program(code="while True: pass"), [Case()] * 12, limits)
+    outcomes = Remote(serve(fusion).url).run(Program(code="while True: pass"), [Case()] * 12, limits)
     assert {outcome.status for outcome in outcomes} == {"timeout"}
     slow = serve(lambda number, body: time.sleep(0.5) or ok("", seconds=0.01))
     with pytest.raises(ResourceError, match=r"is slow: 4 of 12 tests were not run within 0.8 s, of which the program took 0.1 s"):
@@ -298,8 +243,8 @@ def test_a_service_that_is_gone_is_an_error():
     ("status", "fix"), [(401, f"Correct {TOKEN}"), (404, f"Correct {URL}"), (422, f"Correct {URL}"), (302, f"Correct {URL}")]
 )
 def test_a_refusal_is_a_wrong_setting_and_never_says_the_token(serve, status, fix):
-    elsewhere = serve()
-    server = serve(lambda number, body: (status, elsewhere.url))
+    elsewhere = serve(fusion)
+    server = serve(lambda number, body: (status, ""), Location=elsewhere.url)
     with pytest.raises(ConfigError, match=rf"refuses programs: .* answered {status} .*{fix}") as raised:
         Remote(server.url, token=CANARY).run(Program(code=""), [Case()])
     assert CANARY not in str(raised.value)
@@ -312,14 +257,14 @@ def test_a_refusal_is_a_wrong_setting_and_never_says_the_token(serve, status, fi
 
 
 def test_a_service_is_checked_before_it_is_used(serve, opened, monkeypatch):
-    server = serve()
+    server = serve(fusion)
     monkeypatch.setenv(URL, f"{server.url}/run_code/")
     monkeypatch.setenv(TOKEN, f" {CANARY}\n")
     sandbox = open_sandbox()
     assert isinstance(sandbox, Remote)
     assert open_sandbox() is sandbox
-    assert [path for path, _, _ in server.seen] == ["/run_code"] * 2
-    assert {authorization for _, _, authorization in server.seen} == {f"Bearer {CANARY}"}
+    assert [request.path for request in server.seen] == ["/run_code"] * 2
+    assert {request.authorization for request in server.seen} == {f"Bearer {CANARY}"}
 
 
 @pytest.mark.parametrize(
@@ -369,7 +314,7 @@ LATE = "```python\nwhile True: pass\n```"
 
 def test_code_tests_through_a_service(serve, monkeypatch, tmp_path):
     """Without a bubblewrap on this side, so that nothing else can have run the programs."""
-    server = serve()
+    server = serve(fusion)
     monkeypatch.setenv(URL, server.url)
     monkeypatch.setenv("PATH", "/nowhere")
     wrong, returned = "```python\nprint(7)\n```", "```python\ndef f(x): return (x, 2 * x)\n```"
@@ -385,7 +330,7 @@ def test_code_tests_through_a_service(serve, monkeypatch, tmp_path):
 
 def test_a_service_that_breaks_later_gives_no_zero_and_a_refusal_stops(serve, monkeypatch, tmp_path):
     broken = {}
-    server = serve(lambda number, body: broken.get("answer") or answer_of(body))
+    server = serve(lambda number, body: broken.get("answer") or fusion(number, body))
     monkeypatch.setenv(URL, server.url)
     settings = Reward(fn="code_tests", num_workers=1, max_error_rate=1.0, timeout_s=20.0)
     with RewardPool("code_tests", settings, base_dir=tmp_path) as pool:
@@ -408,7 +353,7 @@ def test_a_service_that_is_not_there_stops_a_run_before_it_starts(serve, monkeyp
 
 def test_the_python_tool_does_not_tell_the_policy_of_a_broken_service(serve, opened, monkeypatch):
     broken = {}
-    server = serve(lambda number, body: broken.get("answer") or answer_of(body))
+    server = serve(lambda number, body: broken.get("answer") or fusion(number, body))
     monkeypatch.setenv(URL, server.url)
     tools = Tools(functions=["python"], call_format="hermes", max_turns=4, timeout_s=10.0)
     call = '<tool_call>{"name": "python", "arguments": {"code": "print(6 * 7)"}}</tool_call>'
