@@ -357,7 +357,7 @@ def command_reward(arguments: Sequence[str]) -> int:
     parser = _parser("rlkit reward", REWARD, REWARD_EXAMPLES)
     parser.add_argument("action", choices=["test"])
     parser.add_argument("fn", help="a name in reward_fns/, or file.py:function, or package.module:function")
-    parser.add_argument("--data", type=Path, required=True, help="a file of JSON lines, as data=jsonl reads it")
+    parser.add_argument("--data", type=Path, required=True, help="a file of JSON lines, or .parquet")
     parser.add_argument("--rows", type=int, default=8, help="how many of its rows (default: 8)")
     parser.add_argument("--prompt-column", default="prompt")
     parser.add_argument("--answer-column", default="answer", help="what a right completion is made from")
@@ -368,7 +368,8 @@ def command_reward(arguments: Sequence[str]) -> int:
         return 0
     import json
 
-    from rlkit.data.rewards.trial import read_rows, try_function
+    from rlkit.data.files import first_rows
+    from rlkit.data.rewards.trial import try_function
     from rlkit.errors import DataError
     from rlkit.settings import Reward
 
@@ -377,7 +378,7 @@ def command_reward(arguments: Sequence[str]) -> int:
     settings = Reward(fn=given.fn, signature=given.signature, timeout_s=given.timeout_s, num_workers=1, max_error_rate=1.0)
     trial = try_function(
         settings,
-        read_rows(given.data, given.rows),
+        first_rows("--data", str(given.data), given.rows),
         base_dir=Path.cwd(),
         prompt_column=given.prompt_column,
         answer_column=given.answer_column,
@@ -389,7 +390,7 @@ def command_reward(arguments: Sequence[str]) -> int:
 def command_reward_fit(arguments: Sequence[str]) -> int:
     """A reward model from pairs."""
     parser = _parser("rlkit reward fit", REWARD_FIT, REWARD_FIT_EXAMPLES)
-    parser.add_argument("--data", type=Path, required=True, help="a file of JSON lines: prompt, chosen, rejected")
+    parser.add_argument("--data", type=Path, required=True, help="a file of JSON lines, or .parquet: prompt, chosen, rejected")
     parser.add_argument("--model", required=True, help="what it starts from: tiny, a folder in Hugging Face format, or a hub id")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which does not exist yet")
     parser.add_argument("--steps", type=int, default=200, help="optimiser steps (default: 200)")

@@ -9,7 +9,8 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from rlkit.data.environments.history import render
-from rlkit.data.sources import Row, Source, column_names, read
+from rlkit.data.files import Row
+from rlkit.data.sources import Source, column_names, read
 from rlkit.errors import ConfigError, DataError
 from rlkit.settings import BadRow, Data, TableData
 from rlkit.types import Prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module
@@ -14,6 +14,7 @@ from typing import Any
 
 from rlkit.data import comparison, expressions, guessing
 from rlkit.data.environments.verifiers import require_package
+from rlkit.data.files import Row, numbered, read_jsonl, read_parquet, read_table
 from rlkit.errors import ConfigError, DataError, ResourceError
 from rlkit.settings import (
     ComparisonData,
@@ -30,15 +31,6 @@ from rlkit.settings import (
 )
 
 SOURCE, MIXED_ID = "data_source", "mixture_id"  # columns that a mixture's rows get
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One row as it was read, before it is checked."""
-
-    label: str  # where it is, in the words of the source: line 3, row 17
-    values: dict[str, Any]
-    problem: str = ""  # why it could not be read; `values` is empty then
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,17 +57,15 @@ def read(settings: Data) -> Source:
             return _read_comparison(settings)
         case GuessingData():
             games = guessing.rows(settings.highest, settings.size, settings.question.replace("{highest}", str(settings.highest)))
-            return Source(name="guessing", train=_numbered(games), held_out=None, chat=settings.chat)
+            return Source(name="guessing", train=numbered(games), held_out=None, chat=settings.chat)
         case ReasoningGymData():
             return _read_reasoning_gym(settings)
         case VerifiersData():
             return _read_verifiers(settings)
         case JsonlData():
-            held_out = None if settings.held_out_path is None else _rows_of_jsonl("held_out_path", settings.held_out_path)
-            return _table(settings, Path(settings.path).name, _rows_of_jsonl("path", settings.path), held_out)
+            return _table_in_files(settings, read_jsonl)
         case ParquetData():
-            held_out = None if settings.held_out_path is None else _rows_of_parquet("held_out_path", settings.held_out_path)
-            return _table(settings, Path(settings.path).name, _rows_of_parquet("path", settings.path), held_out)
+            return _table_in_files(settings, read_parquet)
         case MixtureData():
             return _read_mixture(settings)
         case HuggingFaceData():
@@ -94,12 +84,12 @@ def _read_expressions(settings: ExpressionsData) -> Source:
             f"because its model was prepared on the rest. Leave the setting away."
         )
     train, held_out = ([dict(row) for row in expressions.rows(split)] for split in ("train", "held_out"))
-    return Source(name="expressions", train=_numbered(train), held_out=_numbered(held_out))
+    return Source(name="expressions", train=numbered(train), held_out=numbered(held_out))
 
 
 def _read_comparison(settings: ComparisonData) -> Source:
     train, held_out = (comparison.rows(split, settings.held_out_fraction) for split in ("train", "held_out"))
-    return Source(name="comparison", train=_numbered(train), held_out=_numbered(held_out), chat=True)
+    return Source(name="comparison", train=numbered(train), held_out=numbered(held_out), chat=True)
 
 
 def _read_reasoning_gym(settings: ReasoningGymData) -> Source:
@@ -122,7 +112,7 @@ def _read_reasoning_gym(settings: ReasoningGymData) -> Source:
         distinct.setdefault(key, {"id": key, "prompt": entry["question"], "answer": entry["answer"], "metadata": entry["metadata"]})
     return Source(
         name=f"reasoning_gym:{settings.task}",
-        train=_numbered(list(distinct.values())),
+        train=numbered(list(distinct.values())),
         held_out=None,
         chat=settings.chat,
         system_prompt=settings.system_prompt,
@@ -144,10 +134,15 @@ def _read_verifiers(settings: VerifiersData) -> Source:
         raise ConfigError(answer["error"])
     return Source(
         name=f"verifiers:{settings.env_id}",
-        train=_numbered(answer["train"]),
-        held_out=None if answer["held_out"] is None else _numbered(answer["held_out"]),
+        train=numbered(answer["train"]),
+        held_out=None if answer["held_out"] is None else numbered(answer["held_out"]),
         id_column="example_id",
     )
+
+
+def _table_in_files(settings: JsonlData | ParquetData, read_file: Callable[[str, str], list[Row]]) -> Source:
+    held_out = None if settings.held_out_path is None else read_file("data.held_out_path", settings.held_out_path)
+    return _table(settings, Path(settings.path).name, read_file("data.path", settings.path), held_out)
 
 
 def _table(settings: TableData, name: str, train: list[Row], held_out: list[Row] | None) -> Source:
@@ -167,8 +162,7 @@ def _read_mixture(settings: MixtureData) -> Source:
     """Rows of all files, one file after the other. A row carries its source, and ids are told apart by it."""
     rows = []
     for name, path in settings.files.items():
-        read_file = _rows_of_parquet if path.endswith(".parquet") else _rows_of_jsonl
-        for number, row in enumerate(_rename(settings.columns, read_file(f"files.{name}", path)), start=1):
+        for number, row in enumerate(_rename(settings.columns, read_table(f"data.files.{name}", path)), start=1):
             own = number if settings.id_column is None else row.values.get(settings.id_column)
             # A row without its id stays so, and is reported as any other such row.
             named = {SOURCE: name} | ({} if own is None else {MIXED_ID: f"{name}:{own}"})
@@ -211,52 +205,6 @@ def column_names(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.values))
 
 
-def _rows_of_jsonl(setting: str, path: str) -> list[Row]:
-    return list(_parse_lines(_existing(setting, path).read_bytes()))
-
-
-def _parse_lines(content: bytes) -> Iterator[Row]:
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        label = f"line {number}"
-        try:
-            values = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            yield Row(label=label, values={}, problem=f"is not UTF-8 at byte {error.start}")
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield Row(label=label, values={}, problem=f"is not JSON: {error}")
-        else:
-            if isinstance(values, dict):
-                yield Row(label=label, values=values)
-            else:
-                yield Row(label=label, values={}, problem=f"is a JSON {type(values).__name__}, not an object")
-
-
-def _rows_of_parquet(setting: str, path: str) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    file = _existing(setting, path)
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(
-            f"data.{setting}={path}: not a readable parquet file ({_first_line(error)}). Write the path of one."
-        ) from None
-    try:
-        return _numbered(table.to_pylist())
-    except UnicodeDecodeError:  # one bad string fails the whole table, so find it row by row
-        return [_parquet_row(table, index) for index in range(table.num_rows)]
-
-
-def _parquet_row(table: Any, index: int) -> Row:
-    try:
-        return Row(label=f"row {index + 1}", values=table.slice(index, 1).to_pylist()[0])
-    except UnicodeDecodeError as error:
-        return Row(label=f"row {index + 1}", values={}, problem=f"is not UTF-8 at byte {error.start} of a string")
-
-
 def _rows_of_split(settings: HuggingFaceData, setting: str, split: str) -> list[Row]:
     datasets = _import("datasets", extra=None)
     folder = Path(settings.path)
@@ -276,20 +224,7 @@ def _rows_of_split(settings: HuggingFaceData, setting: str, split: str) -> list[
             f"data.path={settings.path}, data.{setting}={split}: datasets could not load it: {type(error).__name__}: "
             f"{_first_line(error)} Write a folder, or a name on the hub that this machine can reach."
         ) from None
-    return _numbered(list(loaded))
-
-
-def _numbered(rows: list[dict[str, Any]]) -> list[Row]:
-    return [Row(label=f"row {number}", values=values) for number, values in enumerate(rows, start=1)]
-
-
-def _existing(setting: str, path: str) -> Path:
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(
-            f"data.{setting}={path}: there is no such file (looked in {Path.cwd()}). Write the path of an existing one."
-        )
-    return file
+    return numbered(list(loaded))
 
 
 def _import(module: str, *, extra: str | None) -> Any:

@@ -275,8 +275,9 @@ def test_the_nucleus_of_four_tokens_worked_out_by_hand(top_p, crossing, kept):
         assert entropy.item() == pytest.approx(expected, abs=1e-6)
         (gradient,) = torch.autograd.grad(entropy, logits)
         inside = torch.tensor([[index < kept for index in order]])
-        assert gradient[~inside].eq(0).all()
-        assert gradient[inside].ne(0).any() == (kept > 1)
+        # Only rounded to 0: what leaves through the normaliser cancels what the tokens inside get.
+        assert gradient[~inside].abs().le(1e-15).all()
+        assert gradient[inside].abs().ge(1e-3).any() == (kept > 1)
 
 
 def test_the_nucleus_holds_at_most_top_k_tokens():

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlkit.data.files import first_rows
 from rlkit.data.models.loading import context_length, load_tokenizer, resolve
 from rlkit.data.models.randomness import own_randomness
 from rlkit.data.models.reward_model import RewardModel, ScoredText, encode
-from rlkit.data.rewards.trial import read_rows
 from rlkit.errors import ConfigError, DataError, NumericalError, ResourceError
 from rlkit.settings import ModelKind
 
@@ -111,7 +111,7 @@ def read_pairs(data: Path, tokenizer: PreTrainedTokenizerBase, *, limit: int | N
     """The pairs of a file in the model's tokens, of which each response may have `limit` with its prompt. Raises DataError."""
     return [
         _pair(row, tokenizer, label=f"--data {data}: row {number}", limit=limit)
-        for number, row in enumerate(read_rows(data), start=1)
+        for number, row in enumerate(first_rows("--data", str(data)), start=1)
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
@@ -132,29 +131,6 @@ class Trial:
                 for case in self.cases
             ],
         }
-
-
-def read_rows(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, or the first of them. Raises DataError."""
-    if not path.is_file():
-        raise DataError(f"--data {path}: no such file. Write the path of a file with one JSON object per line.")
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"--data {path}: line {number} is no JSON ({error.msg}). Write one object per line.") from None
-            if not isinstance(row, dict):
-                raise DataError(f"--data {path}: line {number} is a {type(row).__name__}. Write one object per line.")
-            rows.append(row)
-            if len(rows) == limit:
-                break
-    if not rows:
-        raise DataError(f"--data {path}: it has no rows.")
-    return rows
 
 
 def try_function(

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from rlkit.data.rewards.trial import HOSTILE, read_rows, try_function
+from rlkit.data.rewards.trial import HOSTILE, try_function
 from rlkit.errors import ConfigError, DataError
 from rlkit.settings import Reward
 
@@ -82,17 +82,3 @@ def test_what_would_stop_a_run_is_raised(trial):
         trial("def f(completions): return 1.0")
     with pytest.raises(ConfigError, match=r"importing it raised NameError: name 'gone' is not defined .mine.py:1"):
         trial("gone")
-
-
-def test_rows_of_a_file(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"prompt": str(i)}) + "\n\n" for i in range(5)))
-    assert [row["prompt"] for row in read_rows(file, 3)] == ["0", "1", "2"]
-    file.write_text("[]\n")
-    with pytest.raises(DataError, match=r"line 1 is a list"):
-        read_rows(file, 3)
-    file.write_text("{}\n{\n")
-    with pytest.raises(DataError, match=r"line 2 is no JSON"):
-        read_rows(file, 3)
-    with pytest.raises(DataError, match=r"no such file"):
-        read_rows(tmp_path / "gone", 3)
