@@ -125,6 +125,7 @@ from rlkit.settings import (
     MixtureData,
     Model,
     ModelReward,
+    MultiTurn,
     NoEvaluation,
     Optimizer,
     ParquetData,
@@ -1010,6 +1011,11 @@ def _environment_problems(config: RunConfig) -> Iterator[str]:
             f"reward=environment: environment={choice_of('environment', environment)} gives no reward. Write reward=function with "
             "reward.fn=, or an environment that does."
         )
+    earns = isinstance(environment, MultiTurn) and not isinstance(environment, ToolEnvironment)
+    if earns and isinstance(config.reward, WeightedRewards):
+        for key in ("fns", "models"):
+            if "environment" in getattr(config.reward, key):
+                yield f"reward.{key}.environment: it is the name of what the environment gives. Write another."
 
 
 def _function_problems(key: str, name: str) -> Iterator[str]:

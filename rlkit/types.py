@@ -123,7 +123,6 @@ class Rollout:
     sample_id: str
     group_id: str  # the prompt and the step it was drawn in: the group whose mean is its baseline
     prompt_id: str
-    attempt: int
     source: str
     prompt_ids: tuple[int, ...]
     response_ids: np.ndarray  # [T] int64
@@ -141,6 +140,11 @@ class Rollout:
     transcript: tuple[dict[str, Any], ...] | None = None  # who said what, where there are turns: role, content, a turn's reward
     num_uses: int = 0  # optimiser steps that have trained on it
     parts: tuple[Rollout, ...] = ()  # earlier turns of the same episode, where the policy did not read them as it wrote them
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy wrote, in all of the episode."""
+        return int((self.origin == Origin.policy).sum()) + sum(part.num_sampled for part in self.parts)
 
 
 def single_turn_rollout(
@@ -167,7 +171,6 @@ def single_turn_rollout(
         sample_id=completion.sample_id,
         group_id=group_id,
         prompt_id=prompt.id,
-        attempt=0,
         source=prompt.source,
         prompt_ids=prompt.prompt_ids,
         response_ids=completion.response_ids,
@@ -233,6 +236,7 @@ class TrainBatch:
     chosen: Tensor | None = None  # [B, T] bool: the selector's tokens, where it chooses over the whole step
     objective_weight: Tensor | None = None  # [B] float32: multiplies the row's policy loss; None: 1
     policy_mask: Tensor | None = None  # [B, T] bool: tokens of the policy term and its denominators; None: response_mask
+    episode_share: Tensor | None = None  # [B] float32: of its episode's tokens, where one is several rows; None: a row is all of it
 
     def __post_init__(self):
         want = tuple(self.response_mask.shape)

@@ -187,7 +187,6 @@ def make_rollout() -> Callable[..., Rollout]:
             sample_id=f"sample-{index}",
             group_id="group",
             prompt_id="prompt",
-            attempt=0,
             source="test",
             prompt_ids=tuple(prompt),
             response_ids=np.array(response, dtype=np.int64),

@@ -375,6 +375,11 @@ def test_all_problems_come_in_one_report():
         ("reward.fn=my_reward.py:exact", "reward.fn=my_reward.py:exact: there is no file my_reward.py", "Check its spelling."),
         ("reward.fn=my_rewards.py:", "reward.fn=my_rewards.py:: '' is no name.", "Write reward.fn=my_rewards.py:my_"),
         ("data=jsonl data.path=row.jsonl reward.fn=exact_match", "data.path=row.jsonl: no such file", "Check its spelling."),
+        (
+            "environment=guessing_game data=guessing reward=weighted reward.fns={environment:format}",
+            "reward.fns.environment: it is the name of what the environment gives.",
+            "Write another.",
+        ),
         ("data=jsonl reward.fn=exact_match", "data.path: has no value.", "Write data.path=file."),
         ("model=path", "model.path: has no value.", "Write model=tiny, model=smollm2_135m, or model.path="),
     ],

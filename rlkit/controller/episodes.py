@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rlkit.config import RunConfig
 from rlkit.controller.dispatch import Ticket, first_complete
 from rlkit.controller.fleet import Engines, Generation
-from rlkit.controller.sampling import Sampled, Sampler, Submitted, sample_seed
+from rlkit.controller.sampling import Sampled, Sampler, Submitted, sample_seed, tokens_of
 from rlkit.data.environments.episode import Episode, Piece
 from rlkit.data.environments.history import History
 from rlkit.data.environments.pool import EnvironmentPool, Failure
@@ -119,6 +119,7 @@ class EpisodeSampler(Sampler):
             reward_s=time.monotonic() - played,
             environment_s=environment_s,
             num_prompts=len({episode.group_id for episode in submitted.episodes}),
+            num_tokens=tokens_of(rollouts),
         )
 
     def _begin(self, waiting: deque[Episode], *, room: int) -> list[Episode]:
@@ -141,6 +142,7 @@ class EpisodeSampler(Sampler):
         prompt = episode.prompt
         if not opening:
             return
+        opening = self.history.defused(opening)
         if prompt.messages is None:
             text, ids, messages = prompt.text + opening, (*prompt.prompt_ids, *self.history.ids(opening)), None
         else:
@@ -239,7 +241,7 @@ class EpisodeSampler(Sampler):
     def _scored(self, episodes: Sequence[Episode]) -> list[Rollout]:
         """A failure of the environment takes the place of a reward."""
         whole = [episode for episode in episodes if episode.failure is None]
-        results = self.rewards.score(
+        results = self._judged(
             [
                 RewardItem(
                     sample_id=episode.sample_id,

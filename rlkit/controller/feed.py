@@ -80,6 +80,7 @@ class Feed:
             reward_s=sum(batch.reward_s for batch in batches),
             environment_s=sum(batch.environment_s for batch in batches),
             num_prompts=sum(each.picked.num_places for each in draws),
+            num_tokens=sum(batch.num_tokens for batch in batches),
             counts=counts,
             curriculum=self.config.curriculum.update(draws[-1].picked.state, visits),
         )
@@ -94,6 +95,7 @@ class Feed:
         return replace(
             sampled,
             tempered=tempered.rollouts,
+            num_tokens=sampled.num_tokens + tempered.num_tokens,
             generate_s=sampled.generate_s + tempered.generate_s,
             reward_s=sampled.reward_s + tempered.reward_s,
             environment_s=sampled.environment_s + tempered.environment_s,

@@ -31,15 +31,15 @@ def trainable(rollouts: Sequence[Rollout], *, at_least: int) -> tuple[list[Rollo
 def rollout_metrics(sampled: Sampled, kept: Sequence[Rollout], dropped: Counter[str]) -> dict[str, float]:
     """What the rollouts say before anything is learnt from them."""
     rollouts = sampled.rollouts
-    lengths = np.array([len(rollout.response_ids) for rollout in rollouts], dtype=float)
+    lengths = np.array([rollout.num_sampled for rollout in rollouts], dtype=float)
     metrics = {
         "reward/scored_fraction": sum(r.reward is not None for r in rollouts) / len(rollouts),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
         "length/frac_truncated": sum(r.finish_reason is FinishReason.length for r in rollouts) / len(rollouts),
-        "group/dropped": float(dropped["group"]),
         "data/issued": float(sampled.num_prompts),
-        "data/kept": float(len({rollout.group_id for rollout in rollouts})),
+        "data/kept": float(len({rollout.group_id for rollout in kept})),
+        "data/dropped_failed": float(dropped["group"]),
     }
     metrics |= turn_metrics(rollouts)
     metrics |= {f"data/{name}": float(count) for name, count in sampled.counts.items()}

@@ -25,7 +25,7 @@ from rlkit.data.collate import split_ranks
 from rlkit.data.models.loading import resolve
 from rlkit.data.models.reference import other_models
 from rlkit.errors import ConfigError, ResourceError
-from rlkit.metrics import merge
+from rlkit.metrics import Mean, Metric, merge
 from rlkit.settings import AsyncVllmEngine, Placement, TransformersEngine, VllmEngine, WeightTransport
 from rlkit.types import Completion, Rollout, SampleRequest, SamplingSpec, StepStats, TrainBatch
 from rlkit.workers.handle import Handle, Pending, Rank, wait
@@ -177,7 +177,8 @@ class Learners:
             rehearsal_mask=batch.rehearsal_mask,
         )
         denominators = {
-            name: Denominators.count(mask, max_response_tokens=self._max_response_tokens) for name, mask in masks.items()
+            name: Denominators.count(mask, max_response_tokens=self._max_response_tokens, share=batch.episode_share)
+            for name, mask in masks.items()
         }
         stats: list[StepStats] = wait(
             [
@@ -186,9 +187,17 @@ class Learners:
             ],
             self._deadline_s,
         )
-        shared = {"policy/grad_norm", "critic/grad_norm", "policy/skipped_steps"}  # the same on every rank: counted once
+        shared = {
+            "policy/grad_norm",
+            "critic/grad_norm",
+            "policy/skipped_steps",
+            "policy/empty_steps",
+        }  # the same on every rank: counted once
         parts = [{k: v for k, v in s.metrics.items() if i == 0 or k not in shared} for i, s in enumerate(stats)]
-        return StepStats(metrics=merge(parts), skipped=stats[0].skipped)
+        metrics = merge(parts)
+        # A loss is the sum of its microbatches' shares, and from here on a mean: over optimiser steps it must not grow.
+        losses: dict[str, Metric] = {name: Mean(m.value, 1.0) for name, m in metrics.items() if name.endswith("/loss")}
+        return StepStats(metrics=metrics | losses, skipped=stats[0].skipped)
 
     def measure(self, batch: TrainBatch, heat: float = 1.0) -> dict[str, Tensor]:
         """What the strategies need of the present policy at `heat` times the sampling temperature: fields of TrainBatch [B, T],

@@ -70,7 +70,7 @@ from rlkit.data.models.lora import adapted_shapes
 from rlkit.data.models.reference import check_reference
 from rlkit.data.order import order_of
 from rlkit.data.prompts import PromptSet
-from rlkit.errors import ConfigError, Preempted, ResourceError, WorkerError
+from rlkit.errors import ConfigError, Preempted, ResourceError, RlkitError, WorkerError
 from rlkit.metrics import Metric, merge, values
 from rlkit.settings import ExistingRay, HeldOut, LoraLearner, Placement
 from rlkit.types import Rollout, SamplingSpec, TrainBatch
@@ -189,7 +189,9 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
             raise Preempted(
                 f"Stopped by {preemption.requested} after step {run.progress.step} of {config.num_steps}, and saved. {how}"
             ) from None
-        except WorkerError as error:
+        except RlkitError as error:
+            if isinstance(error, ConfigError):
+                raise  # the same settings would end there again
             raise type(error)(f"{error} {how}") from error
 
 
@@ -289,6 +291,7 @@ class Run:
         metrics = rollout_metrics(sampled, rollouts, dropped) | self.staleness(rollouts)
         advantages: dict[str, float] = {}
         chosen = self.replay(rollouts)
+        num_learnt = 0
         if rollouts:
             with clock.time("score"):
                 batch, prepared = self.prepare(chosen.fresh, tempered, chosen.stored)
@@ -296,8 +299,15 @@ class Run:
             metrics |= self.probe(step, chosen.fresh)
             advantages = dict(zip(batch.sample_ids, first_advantages(batch.advantages, batch.response_mask).tolist(), strict=True))
             batch = self.with_answers(step, batch)
+            num_learnt = int(batch.lengths.sum())
             with clock.time("learn"):
-                metrics |= prepared | self.learn(step, batch) | self.progress.coefficients.metrics(self.config)
+                metrics |= (
+                    prepared
+                    | self.learn(step, batch, len(chosen.fresh) + len(tempered))
+                    | self.progress.coefficients.metrics(self.config)
+                )
+            if metrics.get("policy/empty_steps") == self.config.optimizer_steps_per_step:
+                self.tracker.message(f"Step {step}: filters left no token to train on, so the weights did not move.")
             metrics |= objective_metrics(self.progress.judged(self.config))
             if self.buffer is not None:
                 metrics |= chosen.metrics(self.buffer, self.progress.step)
@@ -313,7 +323,7 @@ class Run:
         clock.add("sync", report.sync_s)
         clock.add("sync_check", report.check_s)
         metrics |= {"sync/probe_max": report.max_abs, "sync/probe_exp_mean": report.mean_exp_abs}
-        self.report(step, metrics, clock, sampled, [*chosen.fresh, *chosen.stored], advantages)
+        self.report(step, metrics, clock, sampled, num_learnt, advantages)
 
     def settle(self) -> None:
         """What is due between two steps: evaluation, then a checkpoint. A request to stop is honoured here too."""
@@ -362,7 +372,7 @@ class Run:
         imitated = config.imitation.mask(rewards=batch.rewards, response_mask=batch.response_mask)
         losses = {}
         if imitated is not None and imitated.any():
-            losses[SUPERVISED] = metrics["imitation/loss"] / config.optimizer_steps_per_step  # it is their sum
+            losses[SUPERVISED] = metrics["imitation/loss"]
         self.progress.objectives = config.objective_weights.update(
             self.progress.objectives, rewards=rewards_by_objective(config.objective_weights, rollouts), losses=losses
         )
@@ -447,9 +457,11 @@ class Run:
             batch, metrics = joined(tempering, batch, num_main, state)
         return batch, metrics | {"aepo/temperature": heat, "aepo/entropy_prev": state.entropy}
 
-    def learn(self, step: int, batch: TrainBatch) -> dict[str, float]:
-        """Every optimiser step on one batch of rollouts."""
+    def learn(self, step: int, batch: TrainBatch, num_responses: int) -> dict[str, float]:
+        """Every optimiser step on one batch of rollouts. `num_responses`: that were sampled for it; the batch may hold more rows,
+        of earlier steps, of a file, and several of one episode."""
         config = self.config
+        num_in_step = -(-num_responses // config.optimizer_steps_per_batch)
         if self.reference is not None:
             batch.check_reference(self.reference.version)
         parts: list[dict[str, Metric]] = []
@@ -465,7 +477,7 @@ class Run:
                 if stats.skipped:
                     self.dump(f"step_{step:06d}-{epoch}-{number}", part)
                 else:
-                    self.progress.coefficients = self.progress.coefficients.update(config, stats.metrics, part.num_rows)
+                    self.progress.coefficients = self.progress.coefficients.update(config, stats.metrics, num_in_step)
         sampled = batch.rollout_logprobs if batch.old_logprobs is None else batch.old_logprobs
         metrics = covariance_metrics(logprobs=sampled, advantages=batch.advantages, response_mask=batch.response_mask)
         measured = values(merge(parts))
@@ -587,16 +599,14 @@ class Run:
         metrics: dict[str, float],
         clock: Clock,
         sampled: Sampled,
-        learnt_from: Sequence[Rollout],
+        num_learnt: int,
         advantages: dict[str, float],
     ) -> None:
-        """The step's line in every sink."""
+        """The step's line in every sink. `num_learnt`: tokens of the batch that was learnt from, prompts among them."""
         timings = clock.stop()
-        generated = sum(len(rollout.response_ids) for rollout in sampled.rollouts)
         # Beside learning, generation has the whole step.
-        metrics["rate/generated_tokens_per_s"] = generated / timings.get("time/generate_s", timings["time/step_s"])
+        metrics["rate/generated_tokens_per_s"] = sampled.num_tokens / timings.get("time/generate_s", timings["time/step_s"])
         if "time/learn_s" in timings:
-            learnt = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in learnt_from)
-            metrics["rate/learned_tokens_per_s"] = learnt / timings["time/learn_s"]
+            metrics["rate/learned_tokens_per_s"] = num_learnt / timings["time/learn_s"]
         self.tracker.rollouts(step, sampled.rollouts, [advantages.get(r.sample_id, math.nan) for r in sampled.rollouts])
         self.tracker.step(step, metrics, timings)

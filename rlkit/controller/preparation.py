@@ -22,7 +22,7 @@ from rlkit.core.selectors import NoTokenFilter, Selector
 from rlkit.core.shaping import without_truncated
 from rlkit.core.weights import TokenWeight
 from rlkit.data.collate import group_index, token_rewards
-from rlkit.errors import ConfigError
+from rlkit.errors import ConfigError, DataError
 from rlkit.metrics import Max, Mean, Metric, Min
 from rlkit.settings import WeightedRewards
 from rlkit.types import Rollout, TrainBatch
@@ -42,7 +42,8 @@ def shaped_rewards(config: RunConfig, rollouts: Sequence[Rollout], weights: Mapp
 def reward_components(config: RunConfig, rollouts: Sequence[Rollout]) -> dict[str, RewardComponent]:
     """The reward's named parts, in the order that they first occur in. Raises ConfigError where no rollout has any.
 
-    Stored parts have their weights in them; they are taken out, so that an estimator can normalise first and weigh then.
+    Stored parts have their weights in them; they are taken out, so that an estimator can normalise first and weigh then. Raises
+    DataError for a row without a part that others of its source have: it would silently count as an average one.
     """
     names = dict.fromkeys(name for rollout in rollouts for name in rollout.reward_components)
     if not names:
@@ -51,6 +52,16 @@ def reward_components(config: RunConfig, rollouts: Sequence[Rollout]) -> dict[st
             "function gave one number without parts. Write reward=weighted with "
             "reward.fns={right:my_rewards.py:exact,form:format}, or return a dict of named parts, or write advantage=grpo."
         )
+    by_source: dict[str, dict[str, None]] = {}
+    for rollout in rollouts:
+        by_source.setdefault(rollout.source, {}).update(dict.fromkeys(rollout.reward_components))
+    for rollout in rollouts:
+        if lacking := [name for name in by_source[rollout.source] if name not in rollout.reward_components]:
+            raise DataError(
+                f"advantage={choice_of('advantage', config.advantage)}: sample {rollout.sample_id} has a reward of "
+                f"{rollout.reward:g} without a part {lacking[0]}, which others of its source {rollout.source} have. Return every "
+                "part for each completion that is not worth 0, or write advantage=grpo."
+            )
     weights = config.reward.weights if isinstance(config.reward, WeightedRewards) else {}
     found = {}
     for name in names:
@@ -136,12 +147,22 @@ def with_advantages(
         penalty = divergence.penalty if of_divergence is None else divergence.penalty * of_divergence.unsqueeze(-1)
         advantages = -penalty if divergence.is_all else advantages - penalty
         metrics |= divergence.metrics
-    batch = replace(batch, advantages=advantages, returns=estimate.returns, divergence_weight=of_divergence)
+    share = episode_share(mask, owners) if owners else None
+    batch = replace(batch, advantages=advantages, returns=estimate.returns, divergence_weight=of_divergence, episode_share=share)
     entropy = answer_entropy(config.prompt_advantage.answers([rollout.text for rollout in rollouts]), groups)
     if (blend := config.prompt_advantage(advantages=advantages, entropy=entropy, **given)) is not None:
         metrics |= {"copo/h_mean": float(entropy.mean()), "copo/s_mean": float(blend.weight.mean())}
         batch = replace(batch, prompt_advantages=blend.advantages, local_weight=blend.weight)
     return reweighted(config.objective_weights, batch, rollouts, weights or {}), metrics
+
+
+def episode_share(response_mask: Tensor, owners: Sequence[int]) -> Tensor:
+    """[B] float32: a row's share of its episode's tokens. The last rows belong to the episodes of the rows `owners`."""
+    num_main = len(response_mask) - len(owners)
+    episode = torch.cat([torch.arange(num_main), torch.tensor(owners)])
+    tokens = response_mask.sum(-1).double()
+    whole = torch.zeros(num_main, dtype=torch.float64).index_add(0, episode, tokens)
+    return (tokens / whole[episode].clamp(min=1)).float()
 
 
 def episode_parts(config: RunConfig, rollouts: Sequence[Rollout]) -> list[tuple[Rollout, int]]:

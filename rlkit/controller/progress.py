@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import torch
 
 from rlkit.config import RunConfig
 from rlkit.controller.evaluate import Evaluation
@@ -56,14 +59,15 @@ class Coefficients:
         }
 
     def update(self, config: RunConfig, metrics: dict[str, Metric], num_sequences: int) -> Coefficients:
-        """After an optimiser step over num_sequences responses, which measured `metrics`."""
-        controlled = config.controlled
-        return Coefficients(
-            states={
-                term: controlled[term].control.update(state, metrics[controlled[term].measured].value, num_sequences)
-                for term, state in self.states.items()
-            }
-        )
+        """After an optimiser step over num_sequences responses, which measured `metrics`. A step that trained on no token, as where
+        a filter dropped all of it, measured nothing, and moves nothing."""
+
+        def moved(term: str, state: ControlState) -> ControlState:
+            found = metrics.get(config.controlled[term].measured)
+            measured = math.nan if found is None else found.value
+            return config.controlled[term].control.update(state, measured, num_sequences)
+
+        return Coefficients(states={term: moved(term, state) for term, state in self.states.items()})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,11 +118,12 @@ class Progress:
             assert batch.rewards is not None
             mask = batch.response_mask
             by_row = batch.old_entropy.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+            share = torch.ones(batch.num_rows) if batch.episode_share is None else batch.episode_share
             safeguard = config.safeguard.update(
                 safeguard,
                 kl=float((batch.old_logprobs - batch.ref_logprobs)[mask].mean()),
-                entropy=float(by_row.mean()),
-                reward=float(batch.rewards.mean()),
+                entropy=float((by_row * share).sum() / share.sum()),
+                reward=float((batch.rewards * share).sum() / share.sum()),
             )
         return replace(self, entropy=entropy, safeguard=safeguard)
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from rlkit.controller.dispatch import Ticket
 from rlkit.controller.fleet import Engines, Generation
 from rlkit.core.curriculum import CurriculumState
+from rlkit.data.rewards.parts import with_all_parts
 from rlkit.data.rewards.pool import RewardItem
 from rlkit.data.rewards.weighted import Rewards
-from rlkit.types import Completion, Prompt, Rollout, SampleRequest, SamplingSpec, single_turn_rollout
+from rlkit.types import Completion, Prompt, RewardResult, Rollout, SampleRequest, SamplingSpec, single_turn_rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ class Sampled:
     generate_s: float
     reward_s: float
     num_prompts: int  # places of the order that it took
+    num_tokens: int  # that the policy wrote for it, also in what is not there any more
     environment_s: float = 0.0  # that the environment took between the turns
     tempered: Sequence[Rollout] = ()  # further samples of some of its prompts, at another temperature
     counts: Mapping[str, int] = field(default_factory=dict)  # of the prompts that did not come this far, by why
@@ -42,7 +44,13 @@ class Sampled:
     @classmethod
     def again(cls, rollouts: list[Rollout]) -> Sampled:
         """Rollouts that an earlier process paid for."""
-        return cls(rollouts=rollouts, generate_s=0.0, reward_s=0.0, num_prompts=len({rollout.group_id for rollout in rollouts}))
+        groups = {rollout.group_id for rollout in rollouts}
+        return cls(rollouts=rollouts, generate_s=0.0, reward_s=0.0, num_prompts=len(groups), num_tokens=tokens_of(rollouts))
+
+
+def tokens_of(rollouts: Sequence[Rollout]) -> int:
+    """That the policy wrote."""
+    return sum(rollout.num_sampled for rollout in rollouts)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,7 +85,7 @@ class Sampler:
         # Special tokens end a response; they are no part of the answer that a reward function reads.
         texts = self.tokenizer.batch_decode([c.response_ids.tolist() for c in completions], skip_special_tokens=True)
         groups = [completion.sample_id.rsplit("/", 1)[0] for completion in completions]
-        results = self.rewards.score(
+        results = self._judged(
             [
                 RewardItem(
                     sample_id=completion.sample_id,
@@ -103,7 +111,12 @@ class Sampler:
             generate_s=generated - submitted.started,
             reward_s=time.monotonic() - generated,
             num_prompts=len(set(groups)),
+            num_tokens=tokens_of(rollouts),
         )
+
+    def _judged(self, items: Sequence[RewardItem]) -> list[RewardResult]:
+        """In the order of the items."""
+        return with_all_parts(self.rewards.score(items), [item.source for item in items])
 
     def _earned(self, completion: Completion, parts: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
         """Parts of a reward by the token that completes the text each was given for."""

@@ -25,15 +25,16 @@ class Denominators:
     """
 
     num_tokens: int
-    num_sequences: int  # rows with at least one token in the mask
+    num_sequences: float  # rows with at least one token in the mask, each by its share of a sequence
     max_response_tokens: int  # the run's generation budget, never the width of a padded tensor
 
     @classmethod
-    def count(cls, mask: Tensor, *, max_response_tokens: int) -> Self:
-        """Counts of one microbatch's mask, [B, T] bool."""
+    def count(cls, mask: Tensor, *, max_response_tokens: int, share: Tensor | None = None) -> Self:
+        """Counts of one microbatch's mask, [B, T] bool. share: [B], see `reduce`."""
+        rows = mask.any(-1)
         return cls(
             num_tokens=int(mask.sum()),
-            num_sequences=int(mask.any(-1).sum()),
+            num_sequences=float(rows.sum() if share is None else share[rows].double().sum()),
             max_response_tokens=max_response_tokens,
         )
 
@@ -51,7 +52,7 @@ class Denominators:
         )
 
 
-def reduce(x: Tensor, mask: Tensor, *, aggregation: Aggregation, denominators: Denominators) -> Tensor:
+def reduce(x: Tensor, mask: Tensor, *, aggregation: Aggregation, denominators: Denominators, share: Tensor | None = None) -> Tensor:
     """This microbatch's share of the aggregate of x [B, T] over mask [B, T] bool; a scalar.
 
         token_mean           sum of x / num_tokens
@@ -59,17 +60,20 @@ def reduce(x: Tensor, mask: Tensor, *, aggregation: Aggregation, denominators: D
         seq_mean_token_sum   sum of x / num_sequences
         const_norm           sum of x / (num_sequences * max_response_tokens)                         arXiv:2503.20783
 
+    share: [B], what part of its sequence a row is, by tokens; None: all of it. An episode that had to be cut into several rows
+    counts as one sequence then, and the mean over its tokens is what it would be in one row.
     Shares are summed, not averaged, over microbatches and ranks: the total is the same for every split of the step into rows.
     Masked cells may hold anything, NaN included, and receive a gradient of exactly zero. A step with nothing in its mask
     yields 0 that is still attached to the graph, so that a rank without work can take part in the backward pass.
     """
     kept = x.masked_fill(~mask, 0.0)
-    num_tokens, num_sequences = max(denominators.num_tokens, 1), max(denominators.num_sequences, 1)
+    num_tokens, num_sequences = max(denominators.num_tokens, 1), denominators.num_sequences or 1.0
     match aggregation:
         case Aggregation.token_mean:
             return kept.sum() / num_tokens
         case Aggregation.seq_mean_token_mean:
-            return (kept.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / num_sequences
+            by_row = kept.sum(-1) / mask.sum(-1).clamp(min=1)
+            return (by_row if share is None else by_row * share).sum() / num_sequences
         case Aggregation.seq_mean_token_sum:
             return kept.sum() / num_sequences
         case Aggregation.const_norm:

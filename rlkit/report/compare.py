@@ -117,14 +117,10 @@ def tail(values: Sequence[float]) -> Sequence[float]:
 def sequence_kl(history: History) -> float | None:
     """KL(policy || reference) of whole responses to training prompts, in nats, over the last tenth of the steps; None: not logged.
 
-    The mean over tokens of the log ratio times the mean number of tokens is the mean over responses of the sum: the k1 estimate.
+    The mean over responses of the sum of the log ratio over the tokens that the policy wrote: the k1 estimate.
     """
-    both = [
-        row["kl/ref_token_mean"] * row["length/mean"]
-        for row in history.steps
-        if "kl/ref_token_mean" in row and "length/mean" in row
-    ]
-    return float(np.mean(tail(both))) if both else None
+    logged = [row["kl/ref_sequence"] for row in history.steps if "kl/ref_sequence" in row]
+    return float(np.mean(tail(logged))) if logged else None
 
 
 def _lost(base: Evaluation, policy: Evaluation) -> np.ndarray:

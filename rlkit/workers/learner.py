@@ -191,8 +191,10 @@ class Learner:
         metrics = merge(parts)
         finite = math.isfinite(grad_norm) and math.isfinite(critic_norm)
         self.num_updates += 1
+        is_empty = not any(count.num_tokens for count in denominators.values())
         if finite:
-            self.optimizer.step()
+            if not is_empty:  # else momentum and weight decay would move the weights for no reason
+                self.optimizer.step()
             self.skipped_in_a_row = 0
         else:
             self.skipped_in_a_row += 1
@@ -201,6 +203,8 @@ class Learner:
         if self.critic_parameters:
             metrics["critic/grad_norm"] = Mean(critic_norm if finite else 0.0, 1.0 if finite else 0.0)
         metrics["policy/skipped_steps"] = Sum(0.0 if finite else 1.0)
+        if is_empty:
+            metrics["policy/empty_steps"] = Sum(1.0)
         metrics["policy/learning_rate"] = Last(rate)
         if self.skipped_in_a_row >= self.config.learner.max_skipped_steps:
             raise NumericalError(
@@ -271,9 +275,15 @@ class Learner:
         loss = logprobs.new_zeros(())
         shares: dict[str, Metric] = {}
         for term in step.terms:
-            share = reduce(term.loss, term.mask, aggregation=term.aggregation, denominators=denominators[term.name])
-            loss = loss + term.coef * share
-            shares[f"{term.name}/loss"] = Sum(float(share.detach()))
+            part = reduce(
+                term.loss,
+                term.mask,
+                aggregation=term.aggregation,
+                denominators=denominators[term.name],
+                share=batch.episode_share,
+            )
+            loss = loss + term.coef * part
+            shares[f"{term.name}/loss"] = Sum(float(part.detach()))
         if not batch.num_rows:
             # Keeps the graph, so that this rank takes part in the reduction.
             loss = loss + statistics.logprobs.sum() + (0.0 if values is None else values.sum())
@@ -427,6 +437,8 @@ class Learner:
         if self.device.type == "cpu":
             return
         move(self.policy, self.optimizer, device)
+        if self.critic is not None:
+            self.critic.to(device)
         if self.reference_head is not None:
             self.reference_head = self.reference_head.to(device)
         torch.cuda.empty_cache()  # else torch keeps the memory, and the engine cannot have it
@@ -736,8 +748,9 @@ def token_metrics(
         log_ref_ratio = logprobs - batch.ref_logprobs
         metrics["kl/ref_token_mean"] = mean(log_ref_ratio)
         metrics["kl/ref_k3"] = mean((-log_ref_ratio).exp() - 1 + log_ref_ratio)
-        rows = float(mask.any(-1).sum())
-        metrics["kl/ref_sequence"] = Mean(float(log_ref_ratio.masked_fill(~mask, 0.0).double().sum()), rows)
+        rows = mask.any(-1)
+        sequences = float(rows.sum() if batch.episode_share is None else batch.episode_share[rows].double().sum())
+        metrics["kl/ref_sequence"] = Mean(float(log_ref_ratio.masked_fill(~mask, 0.0).double().sum()), sequences)
         metrics["divergence/clamp_fraction"] = mean((log_ref_ratio.abs() > MAX_LOG_RATIO).float())
         if isinstance(divergence, FDivergence):
             metrics["divergence/value"] = mean(divergence.value(log_ref_ratio))

@@ -47,7 +47,7 @@ class Sampler:
             prompt = prompts[place // group_size]
             reward = float(prompt in self.alike or place % group_size == 0)
             rollouts[place] = replace(rollout, group_id=f"{label}/{prompt}", prompt_id=str(prompt), reward=reward)
-        return Sampled(rollouts=rollouts, generate_s=1.0, reward_s=0.5, num_prompts=len(prompts))
+        return Sampled(rollouts=rollouts, generate_s=1.0, reward_s=0.5, num_prompts=len(prompts), num_tokens=0)
 
 
 @pytest.fixture

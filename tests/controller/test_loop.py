@@ -144,6 +144,16 @@ def test_several_optimiser_steps_per_batch_move_away_from_the_sampling_policy(tm
         assert row["policy/approx_kl_k3"] > 0
 
 
+def test_a_loss_is_a_mean_over_optimiser_steps_however_many_there_are(tmp_path):
+    found = []
+    for count in (1, 3):
+        folder = tmp_path / str(count)
+        still = ["num_steps=1", "optimizer.learning_rate=1e-12", "entropy=bonus", "entropy.coef=0.01"]
+        run(folder, *still, f"optimizer_steps_per_batch={count}", "aggregation=seq_mean_token_mean")
+        found.append(steps(folder)[0]["entropy/loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
 def test_failed_rewards_leave_their_groups_and_every_denominator(tmp_path, monkeypatch):
     reward = tmp_path / "rewards.py"
     reward.write_text(
@@ -157,7 +167,7 @@ def test_failed_rewards_leave_their_groups_and_every_denominator(tmp_path, monke
     table = pq.read_table(tmp_path / "run" / "rollouts" / "step_000001.parquet").to_pylist()
     skipped = [r for r in table if r["status"] == "skipped"]
     assert skipped
-    assert row["group/dropped"] == len(skipped) / 4
+    assert row["data/dropped_failed"] == len(skipped) / 4
     assert row["reward/skipped"] == len(skipped)
     assert row["reward/mean"] == pytest.approx(np.mean([r["reward"] for r in table if r["status"] == "ok"]))
     assert all(r["reward"] is None for r in skipped)

@@ -24,7 +24,7 @@ from rlkit.core.aepo import Aepo, TemperingState
 from rlkit.core.loss import Strategy
 from rlkit.core.ratios import IcePop, NoCorrection, Rejection, TruncatedIS
 from rlkit.data.collate import collate
-from rlkit.errors import ConfigError
+from rlkit.errors import ConfigError, DataError
 from rlkit.metrics import merge, values
 
 
@@ -199,9 +199,15 @@ def test_advantages_come_with_weights_and_a_second_one(make_rollout):
 
 
 def with_parts(make_rollout, parts):
-    """Two groups of two, or less, whose rewards are sums of these parts."""
+    """Two groups of two, or less, each of a source of its own, whose rewards are sums of these parts."""
     return [
-        replace(make_rollout(row, [5], [6]), group_id=str(row // 2), reward=sum(found.values()), reward_components=found)
+        replace(
+            make_rollout(row, [5], [6]),
+            group_id=str(row // 2),
+            source=str(row // 2),
+            reward=sum(found.values()),
+            reward_components=found,
+        )
         for row, found in enumerate(parts)
     ]
 
@@ -229,6 +235,13 @@ def test_gdpo_learns_from_the_parts(make_rollout):
     # -+0.707107 for each part: sums -+0.353553 in both groups; squares 0.5, over 3: a deviation of 0.408248
     expected = torch.tensor([-0.866025, 0.866025, 0.866025, -0.866025])
     torch.testing.assert_close(made.advantages[:, 0], expected, rtol=0, atol=5e-6)
+
+
+def test_gdpo_takes_no_reward_whose_parts_are_not_known(make_rollout):
+    rollouts = with_parts(make_rollout, [{"right": 1.0, "form": 0.5}, {"right": 1.0, "form": 0.0}])
+    rollouts[1] = replace(rollouts[1], reward=-1.0, reward_components={})
+    with pytest.raises(DataError, match=r"^advantage=gdpo: sample .* has a reward of -1 without a part right, which others"):
+        reward_components(compose(["advantage=gdpo"]), rollouts)
 
 
 def test_gdpo_without_parts_says_what_to_write(make_rollout):

@@ -106,3 +106,11 @@ def test_a_controllers_group_says_what_it_moves():
         assert getattr(config, moved.group) is moved.control
         group, _, name = moved.key.partition(".")
         assert getattr(getattr(config, group), name) == moved.start
+
+
+def test_a_step_that_trained_on_no_token_moves_nothing():
+    config = compose(CONTROLLED)
+    start = Coefficients.start(config)
+    after = start.update(config, {}, 8)
+    assert numbers(after, config) == numbers(start, config)
+    assert after.metrics(config)["ctrl/entropy/nonfinite"] == 1

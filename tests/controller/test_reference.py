@@ -89,10 +89,10 @@ def test_head_and_hidden_states_are_of_one_version_at_every_optimiser_step(tmp_p
 def test_log_probs_of_another_version_are_refused_by_the_loop_and_by_the_learner(tmp_path, monkeypatch, learner, make_batch):
     real = loop.Run.learn
 
-    def stale(self: loop.Run, step: int, batch):
+    def stale(self: loop.Run, step: int, batch, num_responses):
         assert batch.ref_version is not None
         batch.ref_version[3:5] -= int(step == 2)  # as two that were kept from the step before
-        return real(self, step, batch)
+        return real(self, step, batch, num_responses)
 
     monkeypatch.setattr(loop.Run, "learn", stale)
     with pytest.raises(DataError, match=r"2 of 16 rows are of version 0 of the reference, which is at version 1 now\. Score them"):

@@ -24,7 +24,7 @@ def test_a_run_rehearses_what_its_model_could_do_and_needs_no_reference(tmp_path
     asked: list[set[str]] = []
     learn = loop.Run.learn
 
-    def watched(self, step, batch):
+    def watched(self, step, batch, num_responses):
         assert self.reference is None
         rows = batch.rehearsal_mask.any(-1)
         assert int(rows.sum()) == 3
@@ -33,7 +33,7 @@ def test_a_run_rehearses_what_its_model_could_do_and_needs_no_reference(tmp_path
             said = self.learner.measure(batch)["old_logprobs"]
             torch.testing.assert_close(said[batch.rehearsal_mask], batch.stored_logprobs[batch.rehearsal_mask], rtol=0, atol=1e-5)
         asked.append({name.split("/")[2] for name, row in zip(batch.sample_ids, rows.tolist(), strict=True) if not row})
-        return learn(self, step, batch)
+        return learn(self, step, batch, num_responses)
 
     monkeypatch.setattr(loop.Run, "learn", watched)
     loop.train(compose([*SETTINGS, f"run_dir={tmp_path / 'run'}"]), InProcessCluster())

@@ -76,7 +76,7 @@ def test_a_buffers_groups_join_the_fresh_ones(rollouts_of):
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[TrainBatch]:
     """What a run's steps train on."""
     seen, real = [], loop.Run.learn
-    monkeypatch.setattr(loop.Run, "learn", lambda run, step, batch: seen.append(batch) or real(run, step, batch))
+    monkeypatch.setattr(loop.Run, "learn", lambda run, step, batch, count: seen.append(batch) or real(run, step, batch, count))
     return seen
 
 

@@ -103,7 +103,6 @@ def test_counts_tokens_and_only_the_rows_that_have_any(ragged):
     counted = Denominators.count(ragged.response_mask, max_response_tokens=33)
     # lengths 9, 4, 1, 7 less a gap of 2, 0, 5
     assert (counted.num_tokens, counted.num_sequences, counted.max_response_tokens) == (24, 5, 33)
-    assert all(type(n) is int for n in (counted.num_tokens, counted.num_sequences))
 
 
 def test_counts_of_unlike_budgets_do_not_add():
@@ -144,3 +143,22 @@ def test_a_loss_term_cannot_be_changed_once_built(f1):
     term = LossTerm(name="policy", loss=f1.entropy, mask=f1.response_mask, coef=1.0, aggregation=Aggregation.token_mean)
     with pytest.raises(AttributeError):
         term.coef = 2.0  # type: ignore[misc]
+
+
+@everywhere
+def test_an_episode_in_several_rows_counts_as_it_would_in_one(aggregation):
+    """Two responses, of 5 and 2 tokens; then the first one's tokens are dealt to rows of 2 and 3, in microbatches of their own."""
+    values = torch.arange(1.0, 8.0, dtype=torch.float64).square()
+    one_row = torch.zeros(2, 5, dtype=torch.float64)
+    one_row[0], one_row[1, :2] = values[:5], values[5:]
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    want = reduce(one_row, mask, aggregation=aggregation, denominators=Denominators.count(mask, max_response_tokens=9))
+    rows = torch.tensor([[1.0, 4.0, 0.0], [9.0, 16.0, 25.0], [36.0, 49.0, 0.0]], dtype=torch.float64)
+    mask, share = rows > 0, torch.tensor([2 / 5, 3 / 5, 1.0])
+    counts = [Denominators.count(mask[part], max_response_tokens=9, share=share[part]) for part in (slice(0, 1), slice(1, 3))]
+    denominators = counts[0] + counts[1]
+    parts = [
+        reduce(rows[part], mask[part], aggregation=aggregation, denominators=denominators, share=share[part])
+        for part in (slice(0, 1), slice(1, 3))
+    ]
+    torch.testing.assert_close(sum(parts), want, rtol=1e-6, atol=0)

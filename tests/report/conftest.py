@@ -50,7 +50,8 @@ def make_run(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..
         with Tracker(Path(folder), config) as tracker:
             for step in range(num_steps + 1):
                 if step:
-                    divergence = {} if kl is None else {"kl/ref_token_mean": kl * step / num_steps}
+                    at = kl if kl is None else kl * step / num_steps
+                    divergence = {} if at is None else {"kl/ref_token_mean": at, "kl/ref_sequence": 10 * at}
                     metrics = {"reward/mean": 0.02 * step, "entropy/mean": 1 - 0.02 * step, "length/mean": 10.0}
                     tracker.step(step, {**metrics, **divergence}, {})
                 if step in evaluations:

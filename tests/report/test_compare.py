@@ -95,13 +95,8 @@ def test_prompts_with_failed_samples_lower_the_largest_k(make_run, evaluation):
     assert found.figures[0]["support gained"] == pytest.approx(np.array([[1, 1 / 4, 0, 0]]))
 
 
-def test_the_kl_of_a_response_is_that_of_its_tokens_together():
-    """Two responses, of 2 and 6 tokens: a mean over tokens times the mean length is the mean of the sums."""
-    log_ratios = [[0.1, 0.3], [0.2, -0.1, 0.4, 0.0, 0.5, 0.2]]
-    tokens = [x for response in log_ratios for x in response]
-    row = {"step": 1.0, "kl/ref_token_mean": sum(tokens) / 8, "length/mean": 4.0}
-    assert sequence_kl(History([row], [])) == pytest.approx(sum(map(sum, log_ratios)) / 2)
-    assert sequence_kl(History([{"step": 1.0, "length/mean": 4.0}], [])) is None
-    rows = [{"step": float(s), "kl/ref_token_mean": float(s), "length/mean": 2.0} for s in range(1, 31)]
-    assert sequence_kl(History(rows, [])) == 2 * 29  # of the last three steps
+def test_the_kl_of_responses_is_that_of_the_last_steps():
+    rows = [{"step": float(s), "kl/ref_sequence": float(s), "length/mean": 2.0} for s in range(1, 31)]
+    assert sequence_kl(History(rows, [])) == 29  # of the last three
+    assert sequence_kl(History([{"step": 1.0, "kl/ref_token_mean": 0.1, "length/mean": 4.0}], [])) is None
     assert tail([1.0, 2.0]) == [2.0]

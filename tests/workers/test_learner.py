@@ -18,7 +18,7 @@ from rlkit.core.reduce import Denominators
 from rlkit.data.models.loading import load_model
 from rlkit.errors import DataError, NumericalError
 from rlkit.settings import AdamW, Schedule
-from rlkit.workers.learner import full_tensor, learning_rate, local_tensor, move
+from rlkit.workers.learner import Learner, full_tensor, learning_rate, local_tensor, move
 from rlkit.workers.weight_sync import unpack
 
 RATE = 0.5
@@ -207,6 +207,29 @@ def test_a_step_that_is_not_finite_moves_nothing_and_three_in_a_row_stop_the_run
         assert torch.equal(old, full_tensor(state["exp_avg"]))
     with pytest.raises(NumericalError, match="3 optimiser steps in a row"):
         step(learner, broken)
+
+
+def test_a_step_without_a_token_moves_nothing_whatever_adam_remembers(begin, make_batch):
+    learner, batch = begin("optimizer=adamw", "optimizer.learning_rate=0.01", "optimizer.weight_decay=0.1"), make_batch()
+    step(learner, batch)  # Adam has moments now
+    before = weights(learner)
+    stats = step(learner, replace(batch, response_mask=torch.zeros_like(batch.response_mask)))
+    assert stats.metrics["policy/empty_steps"].value == 1
+    assert not stats.skipped
+    after = weights(learner)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "policy/empty_steps" not in step(learner, batch).metrics
+
+
+def test_a_critic_of_its_own_leaves_the_device_with_the_policy():
+    """The meta device stands for a GPU."""
+    learner = Learner.__new__(Learner)
+    learner.device, learner.reference_head = torch.device("meta"), None
+    learner.policy, learner.critic = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)  # pyright: ignore[reportAttributeAccessIssue]
+    learner.optimizer = torch.optim.SGD(learner.policy.parameters(), lr=0.1)
+    learner.onload()
+    assert learner.critic is not None
+    assert {parameter.device.type for module in (learner.policy, learner.critic) for parameter in module.parameters()} == {"meta"}
 
 
 def test_a_good_step_between_bad_ones_starts_the_count_again(begin, make_batch):

@@ -33,7 +33,6 @@ _ROLLOUT_SCHEMA = pa.schema(
         "sample_id": pa.string(),
         "group_id": pa.string(),
         "prompt_id": pa.string(),
-        "attempt": pa.int32(),
         "source": pa.string(),
         "prompt_ids": _TOKENS,
         "response_ids": _TOKENS,

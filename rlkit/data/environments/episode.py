@@ -10,8 +10,10 @@ import numpy as np
 
 from rlkit.data.environments.history import Continuation
 from rlkit.data.environments.pool import EpisodeWorker, Failure
+from rlkit.errors import DataError
 from rlkit.types import Completion, FinishReason, Origin, Prompt, RewardResult, Rollout
 
+ENVIRONMENT = "environment"  # the part of a reward that an environment gives
 POLICY = "assistant"  # the policy's role in a transcript, as in chat templates
 
 
@@ -127,8 +129,13 @@ class Episode:
         if result.reward is not None:
             reward = result.reward + earned
             if earns:
+                if ENVIRONMENT in components:
+                    raise DataError(
+                        f"The reward of sample {self.sample_id} has a part called {ENVIRONMENT}, which is the name of what the "
+                        "environment gives. Give it another name."
+                    )
                 outcome = {"outcome": result.reward} if has_outcome else {}
-                components = (components or outcome) | {"environment": earned}
+                components = (components or outcome) | {ENVIRONMENT: earned}
         *earlier, last = self.pieces
         parts = [
             self._piece(piece, f"{self.sample_id}/part-{number}", replace(result, reward=reward), components)
@@ -145,7 +152,6 @@ class Episode:
             sample_id=sample_id,
             group_id=self.group_id,
             prompt_id=self.prompt.id,
-            attempt=0,
             source=self.prompt.source,
             prompt_ids=piece.prompt_ids,
             response_ids=np.array(piece.ids, dtype=np.int64),

@@ -45,14 +45,17 @@ class History:
         """What the policy wrote, without special tokens: the environment's `action`."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def cut(self, observation: str, max_tokens: int) -> tuple[str, bool]:
-        """The observation's first tokens, and whether that is less than all of it.
-
-        Special tokens that it spells are broken up by a space: what a tool found must not end a turn, or begin one.
-        """
-        text = observation[: CHARACTERS_PER_TOKEN * max_tokens]  # tokenising megabytes would hold up every episode
+    def defused(self, text: str) -> str:
+        """What an environment says, with the special tokens that it spells broken up by a space: what a tool found must not end a
+        turn, or begin one."""
         for token in self._special:
             text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def cut(self, observation: str, max_tokens: int) -> tuple[str, bool]:
+        """The observation's first tokens, defused, and whether that is less than all of it."""
+        # Tokenising megabytes would hold up every episode.
+        text = self.defused(observation[: CHARACTERS_PER_TOKEN * max_tokens])
         ids = self.ids(text)
         if len(ids) > max_tokens:
             return str(self._tokenizer.decode(ids[:max_tokens])), True
@@ -103,13 +106,20 @@ class History:
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
     """The conversation with its tools, up to the start of the next turn. Tools that the template does not write stand in the
     system message."""
+    if tools and not names_tools(tokenizer, tools):
+        messages, tools = with_instructions(messages, tools), ()
+    return _written(tokenizer, messages, tools)
 
-    def written(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
-        given = list(tools) or None
-        return str(tokenizer.apply_chat_template(list(messages), tools=given, tokenize=False, add_generation_prompt=True))  # pyright: ignore[reportArgumentType]
 
-    text = written(messages, tools)
-    return text if not tools or text != written(messages, ()) else written(with_instructions(messages, tools), ())
+def names_tools(tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]) -> bool:
+    """Whether the chat template writes the tools that it is given, as a short conversation shows."""
+    short = [{"role": "user", "content": "question"}]
+    return _written(tokenizer, short, tools) != _written(tokenizer, short, ())
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
+    given = list(tools) or None
+    return str(tokenizer.apply_chat_template(list(messages), tools=given, tokenize=False, add_generation_prompt=True))  # pyright: ignore[reportArgumentType]
 
 
 def with_instructions(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
