@@ -20,8 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from rlkit.config import CHOICES, RunConfig, base_of, class_of, examine, report
+from rlkit.config import CHOICES, RunConfig, base_of, class_of
 from rlkit.errors import ConfigError
+from rlkit.examine import examine, report
 from rlkit.overrides import Problem, parse, put, sort, values_of
 from rlkit.resources import conf_dir
 
@@ -217,7 +218,7 @@ def _hydra(experiment: str) -> tuple[DictConfig, dict[str, str]]:
 
 
 def _finish(cfg: DictConfig | None, found: list[Problem]) -> tuple[RunConfig | None, list[Problem]]:
-    """The checked settings, and the problems with what the checks of `rlkit.config` add about other keys."""
+    """The checked settings, and the problems with what `rlkit.checks` adds about other keys."""
     if cfg is None:
         return None, found
     config, texts = examine(cfg)

@@ -16,6 +16,8 @@ LAYERS = {
     "settings": 2,
     "config": 2,
     "overrides": 2,
+    "checks": 2,
+    "examine": 2,
     "compose": 2,
     "choices": 2,
     "schedule": 2,

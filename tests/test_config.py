@@ -10,9 +10,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from rlkit import compose
-from rlkit.config import CHOICES, GROUP_BASELINES, RunConfig, load, problems, register, to_dict, to_yaml
+from rlkit.checks import problems
+from rlkit.config import CHOICES, GROUP_BASELINES, RunConfig, register, to_dict, to_yaml
 from rlkit.core.objectives import ClippedSurrogate
 from rlkit.errors import ConfigError
+from rlkit.examine import load
 from rlkit.overrides import options
 from rlkit.resources import conf_dir
 
