@@ -112,8 +112,12 @@ class RewardResult:
     reward: float | None = None
     components: dict[str, float] = field(default_factory=dict)
     message: str = ""  # the first line of what went wrong, or empty
+    statuses: dict[str, RewardStatus] = field(default_factory=dict)  # of its functions, by name, where there are several
     # Parts of the reward that are earned before the response ends: (so many characters of it, part). The rest is earned at its end.
     earned: tuple[tuple[int, float], ...] = ()
+
+
+MAX_MESSAGE = 200  # characters that a rollout keeps of its reward's message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +140,8 @@ class Rollout:
     reward: float | None
     reward_components: dict[str, float]
     status: RewardStatus
+    reward_message: str = ""  # what went wrong, or why it is wrong: the beginning of the result's message
+    reward_statuses: dict[str, RewardStatus] = field(default_factory=dict)  # of each function, where there are several
     ref_version: int | None = None  # of the reference whose log-probs are attached, if any are
     transcript: tuple[dict[str, Any], ...] | None = None  # who said what, where there are turns: role, content, a turn's reward
     num_uses: int = 0  # optimiser steps that have trained on it
@@ -183,8 +189,14 @@ def single_turn_rollout(
         finish_reason=completion.finish_reason,
         reward=result.reward,
         reward_components=result.components,
-        status=result.status,
+        **judgement(result),
     )
+
+
+def judgement(result: RewardResult) -> dict[str, Any]:
+    """What a rollout keeps of its reward beside the numbers."""
+    message = result.message[:MAX_MESSAGE].encode("utf-8", "replace").decode()  # half a surrogate cannot be stored
+    return {"status": result.status, "reward_message": message, "reward_statuses": result.statuses}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -28,8 +28,10 @@ def trainable(rollouts: Sequence[Rollout], *, at_least: int) -> tuple[list[Rollo
     return kept, dropped
 
 
-def rollout_metrics(sampled: Sampled, kept: Sequence[Rollout], dropped: Counter[str]) -> dict[str, float]:
-    """What the rollouts say before anything is learnt from them."""
+def rollout_metrics(
+    sampled: Sampled, kept: Sequence[Rollout], dropped: Counter[str], weights: Mapping[str, float]
+) -> dict[str, float]:
+    """What the rollouts say before anything is learnt from them. `weights`: of the reward's parts, 1 for one that is not there."""
     rollouts = sampled.rollouts
     lengths = np.array([rollout.num_sampled for rollout in rollouts], dtype=float)
     metrics = {
@@ -43,22 +45,36 @@ def rollout_metrics(sampled: Sampled, kept: Sequence[Rollout], dropped: Counter[
     }
     metrics |= turn_metrics(rollouts)
     metrics |= {f"data/{name}": float(count) for name, count in sampled.counts.items()}
-    statuses = Counter(rollout.status for rollout in rollouts)
-    metrics |= {f"reward/{s.value}": float(statuses[s]) for s in RewardStatus if statuses[s] and s is not RewardStatus.ok}
+    metrics |= reward_metrics(rollouts, weights)
     if kept:
         rewards = np.array([rollout.reward for rollout in kept], dtype=float)
         groups = group_index(kept).numpy()
-        parts: dict[str, list[float]] = {}
-        for rollout in kept:
-            for name, reward in rollout.reward_components.items():
-                parts.setdefault(name, []).append(reward)
-        metrics |= {f"reward/{name}/mean": float(np.mean(found)) for name, found in parts.items()}
         spread = [np.ptp(rewards[groups == group]) for group in np.unique(groups)]
         metrics |= {
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std()),
             "group/frac_zero_std": float(np.mean(np.array(spread) == 0)),
         }
+    return metrics
+
+
+def reward_metrics(rollouts: Sequence[Rollout], weights: Mapping[str, float]) -> dict[str, float]:
+    """How many rewards of each status there are, of each function where there are several; and each part's value, without its
+    weight, over all samples that have it, also where another function failed."""
+    statuses = [status for status in RewardStatus if status is not RewardStatus.ok]
+    counts = Counter(rollout.status for rollout in rollouts)
+    metrics = {f"reward/{status.value}": float(counts[status]) for status in statuses}
+    by_function: dict[str, Counter[RewardStatus]] = {}
+    parts: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, status in rollout.reward_statuses.items():
+            by_function.setdefault(name, Counter())[status] += 1
+        for name, reward in rollout.reward_components.items():
+            parts.setdefault(name, []).append(reward / weights.get(name, 1.0))
+    for name, found in by_function.items():
+        metrics |= {f"reward/{name}/{status.value}": float(found[status]) for status in statuses}
+    for name, values in parts.items():
+        metrics |= {f"reward/{name}/mean": float(np.mean(values)), f"reward/{name}/std": float(np.std(values))}
     return metrics
 
 

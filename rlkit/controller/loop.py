@@ -42,6 +42,7 @@ from rlkit.controller.preparation import (
     filtered,
     joined,
     narrow,
+    part_weights,
     shaped_rewards,
     sharpened,
     weigh,
@@ -127,7 +128,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         preemption = stack.enter_context(Preemption())
         cluster.begin_run()
         turns = ByTurns() if config.placement is Placement.colocated else SideBySide()
-        rewards.start(prompts.train)
+        rewards.start([*prompts.train, *prompts.held_out])
         engines, learner = Engines(config, cluster, turns), Learners(config, cluster, turns)
         stack.callback(engines.close)
         learner.check_shared(run_dir / "config.yaml")
@@ -288,7 +289,7 @@ class Run:
         at_least = 2 if self.config.compares_groups else 1
         rollouts, dropped = trainable(sampled.rollouts, at_least=at_least)
         tempered = trainable(sampled.tempered, at_least=at_least)[0] if sampled.tempered else []
-        metrics = rollout_metrics(sampled, rollouts, dropped) | self.staleness(rollouts)
+        metrics = rollout_metrics(sampled, rollouts, dropped, part_weights(self.config)) | self.staleness(rollouts)
         advantages: dict[str, float] = {}
         chosen = self.replay(rollouts)
         num_learnt = 0

@@ -62,13 +62,18 @@ def reward_components(config: RunConfig, rollouts: Sequence[Rollout]) -> dict[st
                 f"{rollout.reward:g} without a part {lacking[0]}, which others of its source {rollout.source} have. Return every "
                 "part for each completion that is not worth 0, or write advantage=grpo."
             )
-    weights = config.reward.weights if isinstance(config.reward, WeightedRewards) else {}
+    weights = part_weights(config)
     found = {}
     for name in names:
         weight = weights.get(name, 1.0)
         parts = [rollout.reward_components.get(name, math.nan) / weight for rollout in rollouts]
         found[name] = RewardComponent(rewards=torch.tensor(parts, dtype=torch.float64), weight=weight)
     return found
+
+
+def part_weights(config: RunConfig) -> Mapping[str, float]:
+    """Of the reward's named parts, which are stored with them; one that is not there weighs 1."""
+    return config.reward.weights if isinstance(config.reward, WeightedRewards) else {}
 
 
 def sharpened(config: RunConfig, batch: TrainBatch) -> TrainBatch:

@@ -126,7 +126,8 @@ def test_a_model_is_a_part_of_a_weighted_reward(random_reward_model, in_folder):
     (in_folder / "mine.py").write_text("def brief(completions):\n    return [float(len(c) < 3) for c in completions]\n")
     folder = random_reward_model(SEQUENCE)
     parts = ["reward=weighted", "reward.fns={brief:mine.py:brief}", f"reward.models={{taste:{folder}}}", "reward.num_workers=1"]
-    with opened(*parts, "reward.weights={taste:0.5}", "reward.sources={taste:[chat]}") as rewards:
+    asked = Prompt(id="p", text="1+1=", prompt_ids=(1,), source="chat", columns={})
+    with opened(*parts, "reward.weights={taste:0.5}", "reward.sources={taste:[chat]}", prompts=(asked,)) as rewards:
         both, alone, long = rewards.score(
             [item("2", source="chat"), item("2", source="math"), item("2" * 200, source="chat", number=2)]
         )

@@ -218,6 +218,8 @@ def test_rollouts_are_stored_every_so_many_steps_with_tokens_text_reward_and_adv
         "status": "ok",
         "reward": 1.0,
         "reward_components": '{"exact": 1.0}',
+        "reward_message": "",
+        "reward_statuses": "{}",
         "advantage": 0.75,
         "rollout_logprobs": [-0.5, -0.25],
         "policy_version": [4, 4],

@@ -40,6 +40,8 @@ _ROLLOUT_SCHEMA = pa.schema(
         "transcript": pa.string(),  # a JSON list
         "finish_reason": pa.string(),
         "status": pa.string(),
+        "reward_message": pa.string(),
+        "reward_statuses": pa.string(),  # a JSON object
         "reward": pa.float64(),
         "reward_components": pa.string(),  # a JSON object: its names differ between rewards
         "advantage": pa.float64(),
@@ -155,10 +157,12 @@ def read_rollouts(path: Path) -> list[Rollout]:
     """What `write_rollouts` wrote."""
     rollouts: list[Rollout] = []
     parts: dict[str, list[Rollout]] = {}  # by the sample_id of the rollout they are parts of
-    for row in pq.read_table(path).to_pylist():
+    for stored in pq.read_table(path).to_pylist():
+        known = {name: stored[name] for name in _ROLLOUT_SCHEMA.names if name in stored}
+        row: dict[str, Any] = {"reward_message": "", "reward_statuses": "{}"} | known  # which older files lack
         del row["advantage"]
         part_of = row.pop("part_of")
-        arrays = {name: np.array(row[name], dtype=dtype) for name, dtype in _ARRAYS.items()}
+        arrays: dict[str, Any] = {name: np.array(row[name], dtype=dtype) for name, dtype in _ARRAYS.items()}
         read = Rollout(
             **row
             | arrays
@@ -167,6 +171,7 @@ def read_rollouts(path: Path) -> list[Rollout]:
                 "finish_reason": FinishReason[row["finish_reason"]],
                 "status": RewardStatus[row["status"]],
                 "reward_components": json.loads(row["reward_components"]),
+                "reward_statuses": {name: RewardStatus[each] for name, each in json.loads(row["reward_statuses"]).items()},
                 "transcript": None if row["transcript"] is None else tuple(json.loads(row["transcript"])),
                 "parts": tuple(parts.get(row["sample_id"], ())),
             }
@@ -205,6 +210,7 @@ def _row(rollout: Rollout, advantage: float, *, part_of: str | None = None) -> d
         "finish_reason": rollout.finish_reason.name,
         "status": rollout.status.name,
         "reward_components": json.dumps(rollout.reward_components),
+        "reward_statuses": json.dumps({name: status.name for name, status in rollout.reward_statuses.items()}),
         "transcript": None if rollout.transcript is None else json.dumps(rollout.transcript),
         "advantage": advantage if math.isfinite(advantage) else None,
     }

@@ -11,7 +11,7 @@ import numpy as np
 from rlkit.data.environments.history import Continuation
 from rlkit.data.environments.pool import EpisodeWorker, Failure
 from rlkit.errors import DataError
-from rlkit.types import Completion, FinishReason, Origin, Prompt, RewardResult, Rollout
+from rlkit.types import Completion, FinishReason, Origin, Prompt, RewardResult, Rollout, judgement
 
 ENVIRONMENT = "environment"  # the part of a reward that an environment gives
 POLICY = "assistant"  # the policy's role in a transcript, as in chat templates
@@ -164,5 +164,5 @@ class Episode:
             finish_reason=self.finish_reason or FinishReason.stop,
             reward=result.reward,
             reward_components=components,
-            status=result.status,
+            **judgement(result),
         )

@@ -42,7 +42,7 @@ class Rewards(Protocol):
     def start(self, prompts: Sequence[Prompt]) -> None:
         """Once, before the first item, when all else about the run is known to be right: starts what costs a device.
 
-        `prompts` are those whose completions will be scored. Raises ConfigError where they cannot be.
+        `prompts`: of the data, held-out ones among them. Raises ConfigError where their completions cannot be scored.
         """
         ...
 
@@ -120,10 +120,20 @@ class WeightedPools:
     def missing(self, source: str, columns: Mapping[str, Any]) -> str | None:
         judges = [pool for name, pool in self._pools.items() if self._judges(name, source)]
         if not judges:
-            raise ConfigError(f"reward.sources: no function judges the data source {source}. Name it under one of them.")
+            raise ConfigError(
+                f"reward.sources: no function judges the data source {source}. Name it under one of them; data.source_column says "
+                "which column has a row's source, and without one it is the name of the data."
+            )
         return next((column for pool in judges if (column := pool.missing(source, columns)) is not None), None)
 
     def start(self, prompts: Sequence[Prompt]) -> None:
+        sources = dict.fromkeys(prompt.source for prompt in prompts)
+        for name, judged in self._settings.sources.items():
+            if unknown := [source for source in judged if source not in sources]:
+                raise ConfigError(
+                    f"reward.sources.{name}: no prompt is of the source {unknown[0]}, so it would judge nothing of it. The sources "
+                    f"are {', '.join(sources)}."
+                )
         for name, pool in self._pools.items():
             pool.start([prompt for prompt in prompts if self._judges(name, prompt.source)])
 
@@ -143,7 +153,7 @@ class WeightedPools:
         return name not in self._settings.sources or source in self._settings.sources[name]
 
     def _sum(self, sample_id: str, results: Mapping[str, RewardResult]) -> RewardResult:
-        """One sample's. A part that is itself a sum keeps its own parts, under its name."""
+        """One sample's. A part that is itself a sum is one number here: parts share out the reward, each of it once."""
         status = min((result.status for result in results.values()), key=_GRAVITY.index)
         message = "; ".join(f"{name}: {result.message}" for name, result in results.items() if result.message)
         parts: dict[str, float] = {}
@@ -155,7 +165,8 @@ class WeightedPools:
                 weight = self._settings.weights.get(name, 1.0)
                 total = None if total is None else total + weight * result.reward
                 parts[name] = weight * result.reward
-        return RewardResult(sample_id=sample_id, status=status, reward=total, components=parts, message=message)
+        statuses = {name: result.status for name, result in results.items()}
+        return RewardResult(sample_id=sample_id, status=status, reward=total, components=parts, message=message, statuses=statuses)
 
     def close(self) -> None:
         self._stack.close()

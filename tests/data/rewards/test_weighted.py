@@ -4,7 +4,7 @@ from rlkit.data.rewards.pool import RewardItem
 from rlkit.data.rewards.weighted import open_functions
 from rlkit.errors import ConfigError
 from rlkit.settings import Reward, WeightedRewards
-from rlkit.types import RewardStatus
+from rlkit.types import Prompt, RewardStatus
 
 FUNCTIONS = """
 from rlkit.data.rewards import unparsable, wrong
@@ -52,14 +52,25 @@ def test_a_function_judges_the_sources_it_is_told(opened):
     assert [each.components for each in results] == [{"accuracy": 1.0, "form": 1.0}, {"form": 1.0}]
     with opened("accuracy", sources={"accuracy": ["math"]}) as rewards:
         assert rewards.missing("math", {}) == "answer"
-        with pytest.raises(ConfigError, match="no function judges the data source chat"):
+        with pytest.raises(ConfigError, match=r"no function judges the data source chat.* data\.source_column"):
             rewards.missing("chat", {})
+
+
+def test_a_source_that_no_prompt_is_of_is_refused_before_anything_is_scored(opened):
+    def prompt(source):
+        return Prompt(id=source, text="", prompt_ids=(1,), source=source, columns={"answer": "2"})
+
+    with opened("accuracy", "form", sources={"form": ["math", "caht"]}) as rewards:
+        with pytest.raises(ConfigError, match=r"^reward\.sources\.form: no prompt is of the source caht, .* are math, chat\.$"):
+            rewards.start([prompt("math"), prompt("chat")])
+        rewards.start([prompt("math"), prompt("caht")])
 
 
 def test_a_sample_is_scored_when_all_its_functions_did(opened):
     failed, skipped, fine = score(opened("accuracy", "fussy"), ("raise", ""), ("skip", ""), ("2", ""))
     assert (failed.status, failed.reward) == (RewardStatus.error, None)
     assert "fussy: ZeroDivisionError" in failed.message
+    assert failed.statuses == {"accuracy": RewardStatus.wrong, "fussy": RewardStatus.error}
     assert (skipped.status, skipped.reward) == (RewardStatus.skipped, None)
     assert fine.reward == 2.0
 
