@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,14 @@ def wait_until() -> Callable[..., bool]:
         return True
 
     return wait
+
+
+@pytest.fixture
+def stuck() -> Iterator[threading.Event]:
+    """What hangs in a test waits for this, and goes on when the test ends. Ask for it after `serve`, which joins its threads."""
+    event = threading.Event()
+    yield event
+    event.set()
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ SETTINGS = [
     "learner.deadline_s=20",
 ]
 MAX_STOP_S = 60.0  # from the failure to the end of the process
-MAX_ORPHAN_S = 8.0  # until nothing that the run started is left
+MAX_ORPHAN_S = 30.0  # until nothing that the run started is left
 
 
 class Run:
@@ -54,7 +54,7 @@ class Run:
                 start_new_session=True,
             )
 
-    def wait_for_steps(self, count: int, limit_s: float = 180, *, of: str = "run") -> None:
+    def wait_for_steps(self, count: int, limit_s: float = 300, *, of: str = "run") -> None:
         """Until so many checkpoints' steps are behind it; `of`: the run's folder."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:

@@ -26,7 +26,7 @@ from rlkit.metrics import Mean
 from rlkit.types import Completion, FinishReason, SampleRequest, SamplingSpec, StepStats
 from rlkit.workers.rollout.transformers import TransformersRolloutEngine
 
-TOKEN_S = 0.004
+TOKEN_S = 0.005
 QUANTUM = 5  # tokens that one `advance` decodes
 MAX_LENGTH = 100
 DIGIT = 4  # a token id
@@ -84,16 +84,13 @@ class Sleeper:
 
 
 @pytest.fixture(autouse=True)
-def sleeping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def sleeping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wait_until) -> Iterator[None]:
     (tmp_path / "rewards.py").write_text("def length(prompts, completions, **columns):\n    return [float(len(completions[0]))]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(fleet.ENGINE_CLASSES, "transformers", f"{__name__}:SleepingEngine")
     monkeypatch.setattr("rlkit.controller.tracking.tracker.write_plots", lambda history, folder: None)
     yield
-    deadline = time.monotonic() + 5
-    while threads_of_runs() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not threads_of_runs()
+    assert wait_until(lambda: not threads_of_runs())
 
 
 def threads_of_runs() -> list[str]:
@@ -115,9 +112,9 @@ SETTINGS = [
 
 
 def start(run_dir: str, *overrides: str) -> float:
-    """Seconds of the run's steps."""
+    """Seconds of the run's steps without the syncs and their checks: these compute, and take what a busy machine leaves them."""
     loop.train(compose([*SETTINGS, f"run_dir={run_dir}", *overrides]), InProcessCluster())
-    return sum(row["time/step_s"] for row in rows(run_dir))
+    return sum(row["time/step_s"] - row["time/sync_s"] - row["time/sync_check_s"] for row in rows(run_dir))
 
 
 def rows(run_dir: str) -> list[dict]:
@@ -174,16 +171,22 @@ def test_without_staleness_every_token_is_the_present_policys(monkeypatch):
     assert set(staleness("run")) == {0}
 
 
-def test_a_stopped_run_keeps_what_it_had_sampled_and_loses_no_sample(monkeypatch, capsys):
-    calls = []
+def test_a_stopped_run_keeps_what_it_had_sampled_and_loses_no_sample(monkeypatch, capsys, wait_until):
+    calls, lookaheads = [], []
+
+    class Kept(loop.Lookahead):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            lookaheads.append(self)
 
     def update(learners, batch, knobs):
         calls.append(1)
-        time.sleep(0.8)  # long enough for the next batch to be ready
         if len(calls) == 3:
+            assert wait_until(lambda: 4 in lookaheads[0].ready())
             signal.raise_signal(signal.SIGTERM)
         return Sleeper(0.0)(batch)
 
+    monkeypatch.setattr(loop, "Lookahead", Kept)
     monkeypatch.setattr(fleet.Learners, "update", update)
     overrides = [*SETTINGS, "run_dir=run", "max_staleness=1", "num_steps=6"]
     assert cli.guard(lambda: cli.dispatch(["train", *overrides])) == 75
@@ -232,7 +235,7 @@ SAMPLING = SamplingSpec(max_tokens=4, stop_token_ids=(2,))
 def test_what_an_engine_raises_reaches_whoever_waits():
     broken = Scripted("rollout engine 0", WorkerError("rollout engine 0 died during advance: killed."))
     broken.may_go_on.set()
-    dispatcher = Dispatcher([broken], max_in_flight=4, deadline_s=5.0)
+    dispatcher = Dispatcher([broken], max_in_flight=4, deadline_s=60.0)
     ticket = dispatcher.submit([request("a")], SAMPLING)
     with pytest.raises(WorkerError, match="died during advance"):
         ticket.result()
@@ -244,10 +247,10 @@ def test_a_pause_does_not_wait_for_an_engine_that_failed_and_the_failure_stays_t
     """Two engines inside a call: one fails, the other is still at work, and the loop wants to send weights."""
     broken = Scripted("rollout engine 0", WorkerError("rollout engine 0 died during advance: killed."))
     other = Scripted("rollout engine 1")
-    dispatcher = Dispatcher([broken, other], max_in_flight=1, deadline_s=5.0)
+    dispatcher = Dispatcher([broken, other], max_in_flight=1, deadline_s=60.0)
     ticket = dispatcher.submit([request("a"), request("b")], SAMPLING)
-    assert broken.entered.wait(5)
-    assert other.entered.wait(5)
+    assert broken.entered.wait(30)
+    assert other.entered.wait(30)
     paused = threading.Event()
 
     def pause():
@@ -260,7 +263,7 @@ def test_a_pause_does_not_wait_for_an_engine_that_failed_and_the_failure_stays_t
         ticket.result()
     assert not paused.wait(0.2)  # engine 1 samples
     other.may_go_on.set()
-    assert paused.wait(5)
+    assert paused.wait(30)
     dispatcher.close()
     with pytest.raises(WorkerError, match="engine 0 died"):
         ticket.result()
@@ -268,9 +271,9 @@ def test_a_pause_does_not_wait_for_an_engine_that_failed_and_the_failure_stays_t
 
 def test_a_closed_dispatcher_leaves_nobody_waiting():
     busy = Scripted("rollout engine 0")
-    dispatcher = Dispatcher([busy], max_in_flight=4, deadline_s=5.0)
+    dispatcher = Dispatcher([busy], max_in_flight=4, deadline_s=60.0)
     ticket = dispatcher.submit([request("a")], SAMPLING)
-    assert busy.entered.wait(5)
+    assert busy.entered.wait(30)
     dispatcher.close()
     with pytest.raises(WorkerError, match="closed"):
         ticket.result()

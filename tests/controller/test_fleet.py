@@ -116,4 +116,4 @@ def test_two_engines_hold_the_same_weights_answer_in_order_and_do_not_outlive_a_
         sync_weights(
             StopsHalfway(config, ray_cluster, SideBySide()), engines, version=4, probes=probes, tolerance=TOLERANCES["float32"]
         )
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 80

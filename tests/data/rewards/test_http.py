@@ -1,5 +1,6 @@
 import asyncio
 import json
+import threading
 import time
 
 import pytest
@@ -48,28 +49,32 @@ def test_a_redirect_is_not_followed_with_the_key(serve):
 def test_an_answer_that_breaks_off_is_asked_for_again(serve):
     server = serve(lambda number, body: (200, "{}"), **{"Content-Length": "1000"})
     with pytest.raises(OSError, match="the connection broke within the answer"):
-        post_and_wait(server.url, {}, deadline_s=0.5)
-    assert len(server.seen) == 2
+        post_and_wait(server.url, {}, deadline_s=1.0)
+    assert len(server.seen) >= 2
 
 
-def test_there_is_a_deadline(serve):
-    slow = serve(lambda number, body: time.sleep(1) or (200, "{}"))
+def test_there_is_a_deadline(serve, stuck):
+    slow = serve(lambda number, body: stuck.wait(100) and (200, "{}"))
     began = time.monotonic()
     with pytest.raises(OSError, match="timed out"):
         asyncio.run(post(slow.url, {}, deadline_s=0.3))
     with pytest.raises(OSError, match="refused"):
         asyncio.run(post("http://127.0.0.1:9", {}, deadline_s=0.5))
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 20
 
 
 def test_remote_rewards_are_under_way_together(serve, monkeypatch, tmp_path):
+    fourth = threading.Event()
+
     def answer(number, body):
-        time.sleep(0.2)
+        if number == 4:
+            fourth.set()
+        fourth.wait(5)
         return 200, json.dumps({"reward": None if body["completion"] == "?" else float(body["columns"]["answer"] == "a")})
 
     server = serve(answer)
     monkeypatch.setenv("RLKIT_REWARD_URL", server.url)
-    settings = Reward(fn="remote", num_workers=1, calls_at_once=8, timeout_s=5.0)
+    settings = Reward(fn="remote", num_workers=1, calls_at_once=8, timeout_s=30.0)
     with RewardPool(settings.fn, settings, base_dir=tmp_path) as pool:
         results = pool.score(items(*"1234567?"))
     assert [each.reward for each in results] == [1.0] * 7 + [None]
@@ -79,7 +84,7 @@ def test_remote_rewards_are_under_way_together(serve, monkeypatch, tmp_path):
 def test_no_more_calls_a_second_than_allowed(serve, monkeypatch, tmp_path):
     server = serve(lambda number, body: (200, '{"reward": 1}'))
     monkeypatch.setenv("RLKIT_REWARD_URL", server.url)
-    settings = Reward(fn="remote", num_workers=2, max_calls_per_s=20.0, timeout_s=5.0)
+    settings = Reward(fn="remote", num_workers=2, max_calls_per_s=20.0, timeout_s=30.0)
     with RewardPool(settings.fn, settings, base_dir=tmp_path) as pool:
         began = time.monotonic()
         pool.score(items(*map(str, range(20))))
@@ -101,8 +106,12 @@ def test_one_of_the_calls_under_way_can_be_late_or_raise_alone(tmp_path):
         "    if completions == ['block']: import time; time.sleep(100)\n"
         "    return [1.0]"
     )
-    settings = Reward(fn="mine.py:f", calls_at_once=4, num_workers=1, timeout_s=0.3, max_error_rate=1.0)
-    with RewardPool(settings.fn, settings, base_dir=tmp_path) as pool:
+
+    def pool_with(timeout_s):
+        settings = Reward(fn="mine.py:f", calls_at_once=4, num_workers=1, timeout_s=timeout_s, max_error_rate=1.0)
+        return RewardPool(settings.fn, settings, base_dir=tmp_path)
+
+    with pool_with(2.0) as pool:
         fine = RewardStatus.ok
         assert [r.status for r in pool.score(items("1", "late", "raise", "2"))] == [
             fine,
@@ -110,6 +119,7 @@ def test_one_of_the_calls_under_way_can_be_late_or_raise_alone(tmp_path):
             RewardStatus.error,
             fine,
         ]
+    with pool_with(0.3) as pool:
         blocked = pool.score(items("1", "block"))  # it held the event loop: whatever shared it is lost with it or tried again
         assert blocked[1].status is RewardStatus.timeout
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rlkit.data.rewards.pool import RewardItem, RewardPool
+from rlkit.data.rewards.process import WorkerProcess
 from rlkit.errors import ConfigError, DataError, RewardError
 from rlkit.settings import BY_VALUE, OnFailure, Reward
 from rlkit.types import RewardStatus
@@ -106,7 +107,7 @@ def base_dir(tmp_path_factory) -> Path:
 def open_pool(base_dir):
     pools = []
 
-    def build(function="act", *, num_workers=1, max_error_rate=1.0, timeout_s=0.3, start_limit_s=60.0, **more):
+    def build(function="act", *, num_workers=1, max_error_rate=1.0, timeout_s=60.0, start_limit_s=60.0, **more):
         name = function if ":" in function else f"mine.py:{function}"
         settings = Reward(fn=name, timeout_s=timeout_s, num_workers=num_workers, max_error_rate=max_error_rate, **more)
         pools.append(RewardPool(name, settings, base_dir=base_dir, start_limit_s=start_limit_s))
@@ -161,13 +162,21 @@ def test_a_reward_of_named_parts_is_their_sum(open_pool):
     ]
 
 
-def test_cheap_calls_run_by_the_thousand_per_second(open_pool):
+def test_cheap_calls_run_by_the_thousand_per_second(open_pool, monkeypatch):
     pool = open_pool("number", num_workers=2)
     items = make_items(*map(str, range(4000)))
     pool.score(items)
+    run, sizes = WorkerProcess.run, []
+
+    def counted(worker, calls, **settings):
+        sizes.append(len(calls))
+        return run(worker, calls, **settings)
+
+    monkeypatch.setattr(WorkerProcess, "run", counted)
     started = time.monotonic()
     pool.score(items)
-    assert time.monotonic() - started < 4.0  # 0.5 s on two quiet cores
+    assert time.monotonic() - started < 20  # 0.5 s on two quiet cores
+    assert len(sizes) < len(items) / 8  # messages
 
 
 def test_a_worker_starts_without_torch():
@@ -177,38 +186,40 @@ def test_a_worker_starts_without_torch():
 
 @pytest.mark.parametrize("hang", ["sleep", "spin", "regex", "stop"])
 def test_a_hanging_sample_is_killed_in_time_and_is_the_only_one_lost(open_pool, hang):
-    pool = open_pool(num_workers=1)
+    pool = open_pool(num_workers=1, timeout_s=0.5)
     started = time.monotonic()
     results = pool.score(make_items("x", "x", hang, "x", "x"))
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 20
     assert [result.status for result in results] == [ok, ok, timeout, ok, ok]
     assert results[2].reward is None
-    assert "no answer within reward.timeout_s=0.3" in results[2].message
+    assert "no answer within reward.timeout_s=0.5" in results[2].message
 
 
 def test_a_hang_does_not_delay_the_samples_of_other_workers(open_pool):
-    pool = open_pool(num_workers=2, timeout_s=3.0)
+    pool = open_pool(num_workers=2)
     hanging = pool.submit(make_items("sleep"))
     started = time.monotonic()
     assert [result.status for result in pool.score(make_items(*"x" * 50))] == [ok] * 50
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 20
     assert not hanging.done()
 
 
-def test_calls_behind_a_slow_one_go_to_another_worker_and_are_answered_once(open_pool, base_dir, tmp_path):
+def test_calls_behind_a_slow_one_go_to_another_worker_and_are_answered_once(open_pool, base_dir, tmp_path, wait_until):
     (base_dir / "uneven.py").write_text(
         "import os, time\n"
         "def f(completions, log):\n"
-        "    if completions == ['slow']: time.sleep(1)\n"
+        "    while completions == ['slow'] and not os.path.exists(f'{log[0]}.complete'): time.sleep(0.01)\n"
         "    with open(log[0], 'a') as file: file.write(f'{completions[0]} {os.getpid()}\\n')\n"
         "    return [1.0]\n"
     )
-    pool = open_pool("uneven.py:f", num_workers=2, timeout_s=30.0)
+    pool = open_pool("uneven.py:f", num_workers=2, timeout_s=100.0)
     log = tmp_path / "log"
     pool.score(make_items(*["warm-up"] * 100, columns={"log": str(log)}))  # calls are found to be cheap, so messages are long
     log.unlink()
-    results = pool.score(make_items("slow", *map(str, range(40)), columns={"log": str(log)}))
-    assert {result.status for result in results} == {ok}
+    future = pool.submit(make_items("slow", *map(str, range(40)), columns={"log": str(log)}))
+    assert wait_until(lambda: log.exists() and log.read_text().count("\n") == 40)
+    log.with_name("log.complete").touch()
+    assert {result.status for result in future.result(timeout=30)} == {ok}
     calls, pids = zip(*(line.split() for line in log.read_text().splitlines()), strict=True)
     assert sorted(calls) == sorted(["slow", *map(str, range(40))])
     assert calls[-1] == "slow"
@@ -216,21 +227,22 @@ def test_calls_behind_a_slow_one_go_to_another_worker_and_are_answered_once(open
 
 
 def test_the_limit_is_per_call_not_per_message(open_pool, base_dir):
-    (base_dir / "steady.py").write_text("import time\ndef f(completions):\n    time.sleep(0.1)\n    return [1.0]\n")
-    pool = open_pool("steady.py:f", num_workers=1, timeout_s=0.6)
-    assert {result.status for result in pool.score(make_items(*"x" * 12))} == {ok}
+    (base_dir / "steady.py").write_text("import time\ndef f(completions):\n    time.sleep(float(*completions))\n    return [1.0]\n")
+    pool = open_pool("steady.py:f", num_workers=1, timeout_s=1.5)
+    pool.score(make_items(*["0"] * 100))  # calls are found to be cheap, so messages are long
+    assert {result.status for result in pool.score(make_items(*["0.1"] * 20))} == {ok}
 
 
 def test_twenty_hangs_leave_the_pool_at_full_size_without_processes_or_descriptors_left_over(open_pool, wait_until):
-    pool = open_pool(num_workers=2, timeout_s=0.05)
-    pool.score(make_items("x", "x"))
+    pool = open_pool(num_workers=4, timeout_s=0.5)
+    pool.score(make_items(*"x" * 4))
     gc.collect()  # a socket of an earlier test that waits for it would be missed below
     descriptors, threads, first_pids = len(os.listdir("/proc/self/fd")), threading.active_count(), pool.worker_pids
     pids = set(first_pids)
     for _ in range(5):
         results = pool.score(make_items(*["sleep"] * 4, "x"))
         assert [result.status for result in results] == [timeout] * 4 + [ok]
-        assert wait_until(lambda: len(pool.worker_pids) == 2)
+        assert wait_until(lambda: len(pool.worker_pids) == 4)
         pids |= set(pool.worker_pids)
     alive = {result.reward for result in pool.score(make_items(*["pid"] * 200))}
     assert alive <= {float(pid) for pid in pool.worker_pids}
@@ -240,7 +252,7 @@ def test_twenty_hangs_leave_the_pool_at_full_size_without_processes_or_descripto
     assert threading.active_count() == threads
     pool.close()
     assert not any(map(is_running, pids))
-    assert len(os.listdir("/proc/self/fd")) == descriptors - 2  # one socket per worker
+    assert len(os.listdir("/proc/self/fd")) == descriptors - 4  # one socket per worker
 
 
 def test_a_crash_is_tried_once_more_then_an_error(open_pool, tmp_path):
@@ -252,15 +264,17 @@ def test_a_crash_is_tried_once_more_then_an_error(open_pool, tmp_path):
 
 
 def test_a_worker_killed_from_outside_loses_no_sample(open_pool, tmp_path, wait_until):
-    pool = open_pool(num_workers=1, timeout_s=30.0)
+    pool = open_pool(num_workers=1)
     mark = tmp_path / "mark"
     future = pool.submit(make_items("x", f"write {mark}", "x"))
     for _ in range(2):
-        assert wait_until(lambda: mark.exists() and mark.read_text().endswith("."), limit_s=20.0)
+        assert wait_until(
+            lambda: mark.exists() and mark.read_text().endswith("."),
+        )
         pid = int(mark.read_text().rstrip("."))
         mark.unlink()
         os.kill(pid, signal.SIGKILL)
-    first, second, third = future.result(timeout=20)
+    first, second, third = future.result(timeout=30)
     assert (first.status, second.status, third.status) == (ok, error, ok)
     assert second.message == "its worker was killed by SIGKILL, 2 times"
 
@@ -272,7 +286,7 @@ def test_a_replacement_killed_while_it_starts_is_replaced_too(open_pool, wait_un
     future = pool.submit(make_items("x"))
     assert wait_until(lambda: pool.worker_pids and pool.worker_pids != [first])
     os.kill(pool.worker_pids[0], signal.SIGKILL)
-    assert future.result(timeout=20)[0].status is ok
+    assert future.result(timeout=30)[0].status is ok
 
 
 def test_an_idle_worker_killed_from_outside_is_replaced(open_pool):
@@ -401,7 +415,7 @@ def test_a_pool_where_everything_hangs_ends_in_time(open_pool):
     started = time.monotonic()
     with pytest.raises(RewardError, match=r"no answer within reward.timeout_s=0.1"):
         open_pool(max_error_rate=0.2, num_workers=2, timeout_s=0.1).score(make_items(*["sleep"] * 500))
-    assert time.monotonic() - started < 10.0
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize(
@@ -423,7 +437,7 @@ def test_a_function_that_cannot_be_imported_is_refused_at_the_start(open_pool, f
 
 
 def test_closing_kills_workers_and_what_they_started_and_ends_waiting_jobs(open_pool, wait_until):
-    pool = open_pool(num_workers=1, timeout_s=60.0)
+    pool = open_pool(num_workers=1)
     future = pool.submit(make_items("child"))
     [pid] = pool.worker_pids
     children = Path(f"/proc/{pid}/task/{pid}/children")
@@ -463,7 +477,7 @@ def test_many_threads_may_submit_at_once(open_pool):
 
 def test_a_failed_reward_becomes_what_the_settings_say(open_pool, tmp_path):
     raising, sleeping = make_items("raise"), make_items("sleep")
-    pool = open_pool(on_error=BY_VALUE, on_timeout=BY_VALUE, failed_value=-1.0)
+    pool = open_pool(on_error=BY_VALUE, on_timeout=BY_VALUE, failed_value=-1.0, timeout_s=0.5)
     [failed], [late] = pool.score(raising), pool.score(sleeping)
     assert (failed.status, failed.reward, late.status, late.reward) == (error, -1.0, timeout, -1.0)
 
@@ -472,7 +486,7 @@ def test_a_failed_reward_becomes_what_the_settings_say(open_pool, tmp_path):
     assert open_pool().score(make_items(text))[0].status is error
     flaky.unlink()
     assert open_pool(on_error=OnFailure.retry).score(make_items(text))[0].status is ok
-    [twice] = open_pool(on_timeout=OnFailure.retry).score(sleeping)
+    [twice] = open_pool(on_timeout=OnFailure.retry, timeout_s=0.3).score(sleeping)
     assert (twice.status, twice.reward) == (timeout, None)
 
     with pytest.raises(RewardError, match=r"sample s0: ZeroDivisionError.*reward.on_error=stop ends the run"):
@@ -503,7 +517,7 @@ def test_workers_make_room_for_new_ones(open_pool):
 
 
 def test_a_worker_that_takes_too_much_memory_is_killed(open_pool):
-    pool = open_pool(timeout_s=30.0, max_worker_mib=256)
+    pool = open_pool(max_worker_mib=256)
     hoarded, fine = pool.score(make_items("hoard", "fine"))
     assert hoarded.status is error
     assert "above reward.max_worker_mib=256" in hoarded.message

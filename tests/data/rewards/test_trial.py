@@ -62,12 +62,12 @@ def test_a_sound_function(trial):
         ),
         (
             "import time\ndef f(completion, answer):\n    len(completion) > 999 and time.sleep(9)\n    return completion == answer",
-            r"fails on 8 of 21 calls \(huge.*no answer within reward.timeout_s=0.3",
+            r"fails on 8 of 21 calls \(huge.*no answer within reward.timeout_s=0.5",
         ),
     ],
 )
 def test_the_first_line_says_what_is_wrong(trial, source, verdict):
-    found = trial(source, timeout_s=0.3)
+    found = trial(source, timeout_s=0.5 if "sleep" in source else 5.0)
     import re
 
     assert re.search(verdict, found.verdict), found.verdict

@@ -20,7 +20,8 @@ from rlkit.types import RewardStatus
 
 CANARY = "canary-9d2e"
 CAPTURED = 1 << 20  # bytes of each text: a service keeps no more
-QUICK = Limits(wall_s=1.5, total_s=3.0)
+QUICK = Limits(wall_s=1.5, total_s=10.0)  # of what would not end
+PATIENT = Limits(wall_s=20.0, cpu_s=20, total_s=30.0)  # of what ends by itself, on however busy a machine
 
 
 def fusion(number, body):
@@ -107,13 +108,13 @@ def test_what_the_service_is_asked(serve):
     ],
 )
 def test_whatever_a_program_does_there_is_an_outcome(serve, code, statuses, entry_point):
-    case = Case(arguments=[]) if entry_point else Case()
+    case, limits = Case(arguments=[]) if entry_point else Case(), QUICK if "timeout" in statuses else PATIENT
     began = time.monotonic()
-    [outcome] = Remote(serve(fusion).url).run(Program(code=f"{code}\ndef f(): return 1", entry_point=entry_point), [case], QUICK)
+    [outcome] = Remote(serve(fusion).url).run(Program(code=f"{code}\ndef f(): return 1", entry_point=entry_point), [case], limits)
     assert outcome.status in statuses, outcome
     assert len(outcome.stdout) <= QUICK.output_bytes
     assert len(outcome.stderr) <= QUICK.output_bytes
-    assert time.monotonic() - began < QUICK.total_s + 3
+    assert time.monotonic() - began < 40
 
 
 LOOK = """
@@ -162,37 +163,39 @@ for nonce in found or [b"0" * 32]:
     ],
 )
 def test_what_is_printed_is_not_what_is_returned(serve, forgery, status):
-    [outcome] = Remote(serve(fusion).url).run(Program(code=forgery, entry_point="f"), [Case(arguments=[])])
+    [outcome] = Remote(serve(fusion).url).run(Program(code=forgery, entry_point="f"), [Case(arguments=[])], PATIENT)
     assert (outcome.status, outcome.value) == (status, 41 if status == "ok" else None), outcome
 
 
 def test_a_program_does_not_find_the_nonce(serve):
     server = serve(fusion)
-    [outcome] = Remote(server.url).run(Program(code=f"{LOOK}\nprint(found)\ndef f(): pass", entry_point="f"), [Case(arguments=[])])
+    program = Program(code=f"{LOOK}\nprint(found)\ndef f(): pass", entry_point="f")
+    [outcome] = Remote(server.url).run(program, [Case(arguments=[])], PATIENT)
     [request] = server.seen
     assert outcome.status == "ok"
     assert json.loads(request.body["stdin"])["nonce"] not in outcome.stdout
 
 
-def test_a_program_that_takes_all_the_time_is_late_and_a_slow_service_is_an_error(serve):
+def test_a_program_that_takes_all_the_time_is_late_and_a_slow_service_is_an_error(serve, monkeypatch):
+    monkeypatch.setattr("rlkit.data.sandbox.remote.GRACE_S", 60.0)  # the service may be late itself
     limits = Limits(wall_s=0.4, total_s=0.8)
     outcomes = Remote(serve(fusion).url).run(Program(code="while True: pass"), [Case()] * 12, limits)
     assert {outcome.status for outcome in outcomes} == {"timeout"}
-    slow = serve(lambda number, body: time.sleep(0.5) or ok("", seconds=0.01))
-    with pytest.raises(ResourceError, match=r"is slow: 4 of 12 tests were not run within 0.8 s, of which the program took 0.1 s"):
+    slow = serve(lambda number, body: time.sleep(1.0) or ok("", seconds=0.03))  # four at once, after which there is no time left
+    with pytest.raises(ResourceError, match=r"is slow: 8 of 12 tests were not run within 0.8 s, of which the program took 0.1 s"):
         Remote(slow.url).run(Program(code=""), [Case()] * 12, Limits(total_s=0.8))
 
 
-def test_beyond_the_deadline_it_is_an_error(serve, monkeypatch):
+def test_beyond_the_deadline_it_is_an_error(serve, stuck, monkeypatch):
     monkeypatch.setattr("rlkit.data.sandbox.remote.GRACE_S", 0.2)
     limits = Limits(wall_s=0.3, total_s=0.3)
-    hanging = serve(lambda number, body: time.sleep(1.0) or ok(""))
-    trickling = serve(lambda number, body: (200, [lambda: time.sleep(0.1) or b" "] * 20))
+    hanging = serve(lambda number, body: stuck.wait(100) and ok(""))
+    trickling = serve(lambda number, body: (200, [lambda: b" " * (1 + stuck.wait(0.1))] * 1000))
     for server in (hanging, trickling):
         began = time.monotonic()
         with pytest.raises(ResourceError, match=r"does not answer: .*timed out"):
             Remote(server.url).run(Program(code=""), [Case()], limits)
-        assert time.monotonic() - began < 0.9
+        assert time.monotonic() - began < 20
 
 
 def test_a_service_that_stumbles_is_asked_again(serve):
@@ -217,13 +220,17 @@ def test_a_service_that_stumbles_is_asked_again(serve):
         ((200, '{"status": "SandboxError", "message": "no disk"}'), "failed: 'no disk'"),
         ((200, '{"status": "SandboxError", "message": "", "run_result": {"status": "Error"}}'), "failed"),
         ((200, [lambda: b"x" * (1 << 20)] * 17), "more than 16 MiB"),
-        ((500, ""), "does not answer: .*answered 500"),
     ],
 )
-def test_an_answer_that_says_nothing_of_the_program_is_an_error(serve, said, message, monkeypatch):
-    monkeypatch.setattr("rlkit.data.sandbox.remote.GRACE_S", 0.2)
+def test_an_answer_that_says_nothing_of_the_program_is_an_error(serve, said, message):
     with pytest.raises(ResourceError, match=message):
-        Remote(serve(lambda number, body: said).url).run(Program(code=""), [Case()], Limits(total_s=1.0))
+        Remote(serve(lambda number, body: said).url).run(Program(code=""), [Case()], PATIENT)
+
+
+def test_a_service_that_goes_on_to_stumble_is_an_error(serve, monkeypatch):
+    monkeypatch.setattr("rlkit.data.sandbox.remote.GRACE_S", 0.2)
+    with pytest.raises(ResourceError, match=r"does not answer: .*answered 500"):
+        Remote(serve(lambda number, body: (500, "")).url).run(Program(code=""), [Case()], Limits(total_s=1.0))
 
 
 def test_a_service_that_cannot_start_what_calls_a_function_is_an_error(serve):

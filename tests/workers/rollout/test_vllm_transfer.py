@@ -9,7 +9,6 @@ import inspect
 import itertools
 import os
 import signal
-import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -272,27 +271,28 @@ def test_a_tensor_that_is_missing_or_extra_is_refused_before_anything_starts(lea
         assert "start_weight_update" not in engine._llm.calls
 
 
-def test_an_engine_that_fails_or_hangs_ends_the_send_though_the_broadcast_is_stuck(learner, random_model, engine_with, monkeypatch):
-    folder, stuck = random_model(tied=True), threading.Event()
+def test_an_engine_that_fails_or_hangs_ends_the_send_though_the_broadcast_is_stuck(
+    learner, random_model, engine_with, monkeypatch, stuck
+):
+    folder = random_model(tied=True)
 
     def broadcast(self, tensor, src, stream=None):
         if self.group.rank == src:
-            stuck.wait(30)  # as NCCL does for ever when the other side takes no part
+            stuck.wait(100)  # as NCCL does for ever when the other side takes no part
 
     monkeypatch.setattr(Communicator, "broadcast", broadcast)
-    for outcome, sentence in (
-        (lambda *_, **__: 1 // 0, "failed in update_weights: .* by zero"),
-        (lambda *_, **__: stuck.wait(30), r"^rollout engine 0 did not finish update_weights within 1 s and was killed"),
+    for outcome, deadline_s, sentence in (
+        (lambda *_, **__: 1 // 0, 100, "failed in update_weights: .* by zero"),
+        (lambda *_, **__: stuck.wait(100), 1, r"^rollout engine 0 did not finish update_weights within 1 s and was killed"),
     ):
-        begin(learner, folder, "rollout.deadline_s=1")
+        begin(learner, folder, f"rollout.deadline_s={deadline_s}")
         engine = engine_with(model_path=folder)
         monkeypatch.setattr(engine._llm.worker, "receive_weights", outcome)
         learner.open_transfer("nccl", handles(Failing(engine)), [1])
         began = time.monotonic()
         with pytest.raises(WorkerError, match=sentence):
             learner.send_weights(0)
-        assert time.monotonic() - began < 3
-    stuck.set()
+        assert time.monotonic() - began < 20
     learner._sender = None
 
 
@@ -312,23 +312,22 @@ class Failing:
         return call
 
 
-def test_a_gather_that_hangs_is_the_learner_s_own_failure(learner, random_model, engine_with, monkeypatch):
+def test_a_gather_that_hangs_is_the_learner_s_own_failure(learner, random_model, engine_with, monkeypatch, stuck):
     from rlkit.workers.rollout.vllm_transfer import PolicySource
 
-    folder, stuck = random_model(tied=True), threading.Event()
+    folder = random_model(tied=True)
     begin(learner, folder, "rollout.deadline_s=1")
 
     def gather(self):
         yield from itertools.islice(pairs(self), 3)
         self.gathering = "model.layers.0.mlp.up_proj.weight"
-        stuck.wait(30)
+        stuck.wait(100)
 
     pairs = PolicySource.__iter__
     monkeypatch.setattr(PolicySource, "__iter__", gather)
     learner.open_transfer("nccl", handles(engine_with(model_path=folder)), [1])
     with pytest.raises(WorkerError, match=r"^learner rank 0 did not finish gathering model\.layers\.0\.mlp\.up_proj\.weight with"):
         learner.send_weights(0)
-    stuck.set()
     learner._sender = None
 
 
