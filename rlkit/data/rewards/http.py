@@ -12,6 +12,8 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from rlkit.errors import ConfigError
+
 FIRST_PAUSE_S = 0.2  # before the second attempt; doubled before each further one
 PASSING = (408, 425, 429)  # statuses that another attempt may not meet again; and those of the server's own errors, 500 and up
 MAX_ANSWER = 16 << 20  # bytes
@@ -102,7 +104,7 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def variable(name: str, what: str) -> str:
-    """An environment variable. Addresses and keys are no settings, which run folders keep. Raises KeyError with what to do."""
+    """An environment variable. Addresses and keys are no settings, which run folders keep. Raises ConfigError."""
     if not (value := os.environ.get(name)):
-        raise KeyError(f"the environment variable {name} is not set: export {name}=<{what}> before the run")
+        raise ConfigError(f"the environment variable {name} is not set: export {name}=<{what}> before the run.")
     return value

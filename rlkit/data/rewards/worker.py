@@ -19,6 +19,7 @@ from typing import Any
 
 from rlkit.data.processes.channel import Channel
 from rlkit.data.processes.user_code import describe, die_with, show
+from rlkit.data.rewards import limits
 from rlkit.data.rewards.functions import load, locate
 from rlkit.data.rewards.signatures import caller
 from rlkit.data.rewards.verdicts import Verdict
@@ -52,7 +53,9 @@ def main(arguments: list[str]) -> None:
         while (message := channel.receive()) is not None:
             if "recall" in message:
                 channel.send({"recalled": True})
-            elif message["together"]:
+                continue
+            limits.allow(message["limit_s"])
+            if message["together"]:
                 channel.send({"begin": 0})
                 for index, found in enumerate(runner.run(_answer_together(answer, message["calls"], message["limit_s"]))):
                     channel.send({"end": index, **found})

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from rlkit.data.rewards.functions import load, locate
 from rlkit.data.rewards.http import Refused, post, post_and_wait
 from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.errors import ConfigError
@@ -146,5 +147,89 @@ def test_a_judge_marks_what_it_is_shown(serve, monkeypatch, tmp_path):
 def test_a_missing_address_is_named_before_the_run(tmp_path, monkeypatch):
     monkeypatch.delenv("RLKIT_REWARD_URL", raising=False)
     settings = Reward(fn="remote")
-    with pytest.raises(ConfigError, match=r"the environment variable RLKIT_REWARD_URL is not set: export RLKIT_REWARD_URL=<where"):
+    with pytest.raises(ConfigError, match=r"^the environment variable RLKIT_REWARD_URL is not set: export RLKIT_REWARD_URL=<where"):
         RewardPool(settings.fn, settings, base_dir=tmp_path)
+
+
+@pytest.fixture
+def judged(serve, monkeypatch, tmp_path):
+    """What a judge that replies with the given text makes of a completion, and what it was asked."""
+
+    def of(reply, columns=None, **variables):
+        server = serve(lambda number, body: (200, json.dumps({"choices": [{"message": {"content": reply}}]})))
+        for name, value in ({"URL": server.url, "MODEL": "m"} | variables).items():
+            monkeypatch.setenv(f"RLKIT_JUDGE_{name}", value)
+        settings = Reward(fn="judge", num_workers=1, max_error_rate=1.0)
+        item = RewardItem(sample_id="s", group_id="g", prompt="2+2?", completion="{4}", columns=columns or {})
+        with RewardPool(settings.fn, settings, base_dir=tmp_path) as pool:
+            return pool.score([item])[0], server.seen[0].body
+
+    return of
+
+
+def test_a_judge_can_be_asked_in_other_words_and_reason_before_its_mark(judged, tmp_path):
+    (tmp_path / "ask.txt").write_text('{completion} to {prompt} by {rubric}: {{"Mark": n}}{reference}')
+    reply = "At first I thought Mark: 2, but\nMark: 9"
+    found, asked = judged(reply, {"rubric": "rigour"}, PROMPT="ask.txt", MAX_TOKENS="300")
+    assert found.reward == 0.9
+    assert (asked["messages"][0]["content"], asked["max_tokens"]) == ('{4} to 2+2? by rigour: {"Mark": n}', 300)
+    found, asked = judged(reply, {"rubric": "rigour", "answer": "4"}, PROMPT="ask.txt")
+    assert asked["messages"][0]["content"].endswith("<reference>\n4\n</reference>\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, r"RLKIT_JUDGE_PROMPT=ask.txt: .*No such file"),
+        ("{prompt}", r"RLKIT_JUDGE_PROMPT=ask.txt: the judge would not see the completion. Write \{completion\} into it"),
+        ("{completion} {0}", r"RLKIT_JUDGE_PROMPT=ask.txt: \{0\} is no field's name"),
+        ("{completion} {", r"RLKIT_JUDGE_PROMPT=ask.txt: .*double other braces"),
+        ("{completion} {rubric}", r"RLKIT_JUDGE_PROMPT asks for a column rubric, and a row's columns are level\."),
+    ],
+)
+def test_a_template_that_cannot_be_filled_in_is_refused(judged, tmp_path, template, message):
+    if template is not None:
+        (tmp_path / "ask.txt").write_text(template)
+    with pytest.raises(ConfigError, match=message):
+        judged("Mark: 1", {"level": 3}, PROMPT="ask.txt")
+
+
+@pytest.mark.parametrize("written", ["0", "many", "-3"])
+def test_a_length_of_a_reply_that_is_none_is_refused(judged, written):
+    with pytest.raises(ConfigError, match=rf"RLKIT_JUDGE_MAX_TOKENS={written}: no length of a reply"):
+        judged("Mark: 1", MAX_TOKENS=written)
+
+
+@pytest.mark.parametrize("fn", ["remote", "judge"])
+def test_requests_end_by_themselves_before_the_call_does(serve, monkeypatch, tmp_path, fn):
+    busy = serve(lambda number, body: (503, ""))
+    for name in ("RLKIT_REWARD_URL", "RLKIT_JUDGE_URL", "RLKIT_JUDGE_MODEL"):
+        monkeypatch.setenv(name, busy.url)
+    settings = Reward(fn=fn, num_workers=1, max_error_rate=1.0, timeout_s=3.0)  # the last attempt is after 1.4 s
+    with RewardPool(fn, settings, base_dir=tmp_path) as pool:
+        [found] = pool.score(items("4"))
+    assert (found.status, "answered 503" in found.message) == (RewardStatus.error, True), found.message
+
+
+@pytest.mark.parametrize("fn", ["remote", "judge"])
+def test_requests_have_most_of_the_time_that_a_call_has(monkeypatch, tmp_path, fn):
+    given = []
+
+    async def post(url, body, *, deadline_s, headers=None):
+        given.append(deadline_s)
+        return {"reward": 1.0, "choices": [{"message": {"content": "Mark: 10"}}]}
+
+    for name in ("RLKIT_REWARD_URL", "RLKIT_JUDGE_URL", "RLKIT_JUDGE_MODEL"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setattr("rlkit.data.rewards.http.post", post)
+    monkeypatch.setattr("rlkit.data.rewards.limits._timeout_s", 60.0)
+    function, _ = load(locate(fn, tmp_path))
+    assert asyncio.run(function(["p"], ["c"])) == [1.0]
+    assert given == [48.0]
+
+
+def test_a_worker_tells_the_limit_of_its_calls(tmp_path):
+    (tmp_path / "mine.py").write_text("from rlkit.data.rewards.limits import deadline_s\ndef f(completions): return [deadline_s()]")
+    settings = Reward(fn="mine.py:f", num_workers=1, timeout_s=60.0)
+    with RewardPool(settings.fn, settings, base_dir=tmp_path) as pool:
+        assert pool.score(items("x"))[0].reward == 48.0
