@@ -136,5 +136,8 @@ def describe(error: BaseException) -> dict[str, str]:
         lines = "".join(traceback.format_exception(error)).strip().splitlines()
     except Exception:  # a broken __str__
         return {"summary": type(error).__name__, "traceback": ""}
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    places = [(frame.filename, frame.lineno) for frame in frames if not frame.filename.startswith("<frozen ")]
+    if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):  # "<": a text that was evaluated
+        places.append((error.filename, error.lineno))
+    where = f" ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""
     return {"summary": summary[:500] + where, "traceback": "\n".join(line[:500] for line in lines[-TRACEBACK_LINES:])}

@@ -2,7 +2,8 @@
 may not import torch.
 
     rlkit       def f(prompts, completions, <columns>, **columns) -> list          text in; also with completion_ids
-    trl         the same, and where the row's prompt is chat messages, prompts and completions are lists of messages
+    trl         the same, and where the row's prompt is chat messages, prompts and completions are lists of messages; what it
+                logs by log_metric and log_extra goes nowhere
     verl        def f(data_source, solution_str, ground_truth, extra_info) -> float | {"score": float, ...}
     verifiers   def f(completion, answer, prompt, state, info, task, **kwargs) -> float     messages in
     plain       def f(prompt, completion, answer) -> float                         text in; other arguments are columns
@@ -14,24 +15,28 @@ its arguments' names, or its convention is named in `reward.signature`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rlkit.errors import ConfigError, DataError
 
 TEXTS = ("prompts", "completions", "completion_ids")  # arguments of a function of lists
+TRL_LOGS = ("log_metric", "log_extra")  # functions that TRL's trainer gives; what they are told goes nowhere here
 AUTO = "auto"
 CONVENTIONS = {  # arguments that are no columns
     "rlkit": TEXTS,
-    "trl": TEXTS,
+    "trl": (*TEXTS, *TRL_LOGS),
     "verl": ("data_source", "solution_str", "ground_truth", "extra_info"),
     "verifiers": ("completion", "prompt", "state", "info", "task"),
     "plain": ("prompt", "completion"),
 }
 _UNASKED = {"verl": ("data_source", "extra_info"), "verifiers": ("answer", "info")}  # columns that the convention looks for itself
 _GROUND_TRUTHS = ("ground_truth", "reward_model", "answer")  # verl's rows keep it in reward_model
-_FOREIGN = {"trainer_state": "only TRL's trainer has", "parser": "only a verifiers environment has"}
+_FOREIGN = {  # arguments that nothing here can fill, whose they are, and what default stands in for them
+    "trainer_state": ("only TRL's trainer has", "None"),
+    "parser": ("only a verifiers environment has", "the environment's own, made in this file"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +60,11 @@ class RewardSignature:
                 return name
         return self.one_of[0] if self.one_of and not any(name in columns for name in self.one_of) else None
 
+    def unfound(self, columns: Collection[str]) -> list[str]:
+        """The arguments with defaults that no column fills, without those that the convention looks for itself."""
+        unasked = _UNASKED.get(self.convention, ())
+        return [name for name in self.optional_columns if name not in unasked and name not in columns]
+
     def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """The part of a row to send. Raises DataError for a column that is needed and missing."""
         if (name := self.missing(columns)) is not None:
@@ -76,9 +86,17 @@ def read_signature(name: str, function: Callable, convention: str = AUTO) -> Rew
     named = {parameter.name: parameter for parameter in parameters if parameter.kind in kinds}
     if convention == AUTO:
         convention = _recognise(name, function, set(named), takes_all)
-    for argument, owner in _FOREIGN.items():
+    for argument, (owner, default) in _FOREIGN.items():
         if argument in named and named[argument].default is inspect.Parameter.empty:
-            raise ConfigError(f"reward.fn={name}: takes {argument}, which {owner}. Give it a default, or leave it out.")
+            raise ConfigError(
+                f"reward.fn={name}: takes {argument}, which {owner}. Give it a default, such as {default}; or leave it out."
+            )
+    group_wise = bool(getattr(function, "group_wise", False))
+    if group_wise and convention not in ("rlkit", "trl"):
+        raise ConfigError(
+            f"reward.fn={name}: @group_wise is for functions that see all completions of a prompt, and those of the convention "
+            f"{convention} see one. Write def f(prompts, completions, <columns>, **columns) -> list, or leave @group_wise out."
+        )
     if convention == "plain" and not {"prompt", "completion"} & set(named):
         needed, optional = (["answer"] if len(named) > 2 else []), []  # arguments count by their place
     else:
@@ -94,7 +112,7 @@ def read_signature(name: str, function: Callable, convention: str = AUTO) -> Rew
         one_of=_GROUND_TRUTHS if convention == "verl" else (),
         optional_columns=(*optional, *unasked),
         takes_all_columns=takes_all,
-        group_wise=bool(getattr(function, "group_wise", False)),
+        group_wise=group_wise,
         is_async=inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__),
     )
 
@@ -112,7 +130,7 @@ def _recognise(name: str, function: Callable, named: set[str], takes_all: bool) 
     if {"data_source", "solution_str"} & named:
         return "verl"
     if "completions" in named:
-        return "trl" if {"completion_ids", "trainer_state"} & named else "rlkit"
+        return "trl" if {"completion_ids", "trainer_state", *TRL_LOGS} & named else "rlkit"
     if "completion" in named:
         return "verifiers" if {"state", "info", "task", "parser"} & named else "plain"
     if takes_all and not named:
@@ -127,11 +145,13 @@ def _recognise(name: str, function: Callable, named: set[str], takes_all: bool) 
 def caller(function: Callable, signature: RewardSignature) -> Callable[[Mapping[str, Any]], Any]:
     """What answers a call: {field: [value per completion], "columns": {name: [value per completion]}} -> one value per
     completion, or an awaitable of it."""
-    if signature.convention in ("rlkit", "trl"):
-        of_lists = _rlkit_arguments if signature.convention == "rlkit" else _trl_arguments
-        return lambda call: function(**of_lists(call))
-    of_one = {"verl": _verl_arguments, "verifiers": _verifiers_arguments, "plain": _plain_arguments}[signature.convention]
     parameters = inspect.signature(function).parameters
+    if signature.convention == "rlkit":
+        return lambda call: function(**_rlkit_arguments(call))
+    if signature.convention == "trl":
+        logs = {name: _log_nowhere for name in TRL_LOGS if signature.takes_all_columns or name in parameters}
+        return lambda call: function(**_trl_arguments(call) | logs)
+    of_one = {"verl": _verl_arguments, "verifiers": _verifiers_arguments, "plain": _plain_arguments}[signature.convention]
     score = _score_of if signature.convention == "verl" else lambda value: value
     by_place = signature.convention == "plain" and not {"prompt", "completion"} & set(parameters)
 
@@ -176,6 +196,10 @@ def _trl_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
         arguments |= {"completions": said} if "completions" in arguments else {}
     arguments.pop("prompt", None)  # the column that TRL makes `prompts` of
     return arguments
+
+
+def _log_nowhere(*_: Any, **__: Any) -> None:
+    """TRL's log_metric(name, value) and log_extra(name, values)."""
 
 
 def _verl_arguments(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -25,6 +25,7 @@ from rlkit.data.rewards.signatures import caller
 from rlkit.data.rewards.verdicts import Verdict
 from rlkit.errors import ConfigError
 
+MAX_MESSAGE = 500  # characters of what a verdict says: a run keeps one for every sample
 Answerer = Callable[[dict[str, Any]], Any]  # a call -> one value per completion, or an awaitable of it
 
 
@@ -119,7 +120,7 @@ def _check(value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if isinstance(value, Verdict):
-        return _check_number(value) | {"status": value.status, "message": value.message}
+        return _check_number(value) | {"status": value.status, "message": value.message[:MAX_MESSAGE]}
     return _check_parts(value) if isinstance(value, dict) else _check_number(value)
 
 

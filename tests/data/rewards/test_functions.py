@@ -1,9 +1,13 @@
+import re
 from pathlib import Path
 
 import pytest
 
+from rlkit.data.processes.user_code import describe
 from rlkit.data.rewards.functions import load, locate
+from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.errors import ConfigError
+from rlkit.settings import Reward
 
 
 def test_a_bare_name_is_a_shipped_function(tmp_path):
@@ -42,3 +46,30 @@ def test_a_module_is_found_without_importing_its_package(tmp_path: Path):
         locate("judging:f", tmp_path)
     with pytest.raises(ConfigError, match=r"judges_for_test.strict is a module, not a package"):
         locate("judges_for_test.strict.deep:f", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "summary"),
+    [
+        ("def f(completions):\n    return [(1.0]\n", r"SyntaxError: .*\(mine.py:2\)"),
+        ("import other_for_test", r"SyntaxError: '\(' was never closed \(other_for_test.py:1\)"),
+        ("import gone_for_test", r"ModuleNotFoundError: No module named 'gone_for_test' \(mine.py:1\)"),
+        ("def f(): ...\neval('1 +')", r"SyntaxError: invalid syntax \(mine.py:2\)"),
+    ],
+)
+def test_what_a_file_raises_is_told_with_its_place(tmp_path, source, summary):
+    (tmp_path / "mine.py").write_text(source)
+    (tmp_path / "other_for_test.py").write_text("x = (1")
+    with pytest.raises((SyntaxError, ImportError)) as raised:
+        load(locate("mine.py:f", tmp_path))
+    assert re.fullmatch(summary, describe(raised.value)["summary"]), describe(raised.value)["summary"]
+
+
+def test_a_verdict_does_not_say_more_than_fits(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from rlkit.data.rewards import wrong\ndef f(completions): return [wrong(message='no ' * 10**6)]"
+    )
+    settings = Reward(fn="mine.py:f", num_workers=1)
+    with RewardPool(settings.fn, settings, base_dir=tmp_path) as pool:
+        item = RewardItem(sample_id="s", group_id="g", prompt="p", completion="c", columns={})
+        assert pool.score([item])[0].message == ("no " * 167)[:500]

@@ -54,6 +54,8 @@ def test_columns_are_read_from_the_arguments(tmp_path, source, fields, columns, 
         ("**columns", "rlkit"),
         ("prompts, completions, completion_ids, **kwargs", "trl"),
         ("completions, trainer_state=None, **kwargs", "trl"),
+        ("completions, log_metric, **kwargs", "trl"),
+        ("completions, answer, log_extra=None", "trl"),
         ("data_source, solution_str, ground_truth, extra_info=None", "verl"),
         ("solution_str, ground_truth", "verl"),
         ("completion, answer, state", "verifiers"),
@@ -69,7 +71,7 @@ def test_a_convention_is_told_by_the_arguments(tmp_path, arguments, convention):
 def test_what_no_convention_has_is_refused_with_what_to_write(tmp_path):
     with pytest.raises(ConfigError, match=r"takes \(texts\), and no convention has these. Write def f\(prompts, completions"):
         read(tmp_path, "def f(texts): ...")
-    with pytest.raises(ConfigError, match=r"takes parser, which only a verifiers environment has"):
+    with pytest.raises(ConfigError, match=r"takes parser, which only a verifiers environment has. Give it a default, such as the"):
         read(tmp_path, "def f(completion, parser): ...")
 
 
@@ -161,3 +163,24 @@ def test_a_group_wise_function_says_so():
     def f(prompts, completions): ...
 
     assert read_signature("f", f).group_wise
+
+
+@pytest.mark.parametrize("convention", ["verl", "verifiers", "plain"])
+def test_a_function_that_sees_one_sample_cannot_compare(tmp_path, convention):
+    source = f"from rlkit.data.rewards import group_wise\n@group_wise\n{EXACT[convention]}"
+    with pytest.raises(ConfigError, match=rf"@group_wise .* the convention {convention} .* Write def f\(prompts, completions"):
+        read(tmp_path, source)
+
+
+@pytest.mark.parametrize("arguments", ["completions, log_metric, log_extra", "completions, completion_ids, **kwargs"])
+def test_what_trl_functions_log_goes_nowhere(tmp_path, arguments):
+    get = "log_metric, log_extra = kwargs['log_metric'], kwargs['log_extra']\n    " if "kwargs" in arguments else ""
+    source = f"def f({arguments}):\n    {get}log_metric('x', 1.0)\n    log_extra(column='y', values=[1])\n    return [1.0]"
+    assert answer(tmp_path, source, {}) == [1.0]
+
+
+def test_columns_that_are_looked_for_and_not_there(tmp_path):
+    _, signature = read(tmp_path, "def f(completions, prompts=None, solution=None, answer=None, **kwargs): ...")
+    assert signature.unfound(["answer", "label"]) == ["solution"]
+    _, signature = read(tmp_path, "def f(data_source, solution_str, ground_truth, extra_info=None): ...")
+    assert signature.unfound(["answer"]) == []  # what the convention looks for itself may be absent
