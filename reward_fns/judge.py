@@ -53,7 +53,7 @@ def _max_tokens() -> int:
     return int(written)
 
 
-URL = variable("RLKIT_JUDGE_URL", "such as http://localhost:8000/v1/chat/completions")
+URL = variable("RLKIT_JUDGE_URL", "its address, such as http://localhost:8000/v1/chat/completions")
 MODEL = variable("RLKIT_JUDGE_MODEL", "the model's name there")
 TEMPLATE, MAX_TOKENS = _template(), _max_tokens()
 

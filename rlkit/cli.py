@@ -100,13 +100,15 @@ COMPARE_EXAMPLES = """examples:
 REWARD = """Try a reward function on rows of data, before any model is loaded.
 
 Each row's own answer, another row's, its column `completion` or `completions` if it has one, and on the first row what a policy
-comes up with sooner or later: nothing, endless text, broken markup, numbers without end. The first line says what is wrong.
+comes up with sooner or later: nothing, endless text, broken markup, numbers without end. The first line says what is wrong; the
+first failure's traceback comes last. The exit code is 0 if nothing wrong was found, 2 if anything was.
 `rlkit reward fit --help` is about reward models."""
 
 REWARD_EXAMPLES = """examples:
   rlkit reward test my_rewards.py:exact --data train.jsonl
   rlkit reward test gsm8k --data train.jsonl --prompt-column question
   rlkit reward test my_rewards.py:score --data train.jsonl --signature verl --json
+  rlkit reward test my_rewards.py:exact --data train.jsonl --column solution=answer
 """
 
 REWARD_FIT = """Fit a reward model to pairs of responses (Bradley-Terry, with TRL's RewardTrainer).
@@ -351,7 +353,7 @@ def command_compare(arguments: Sequence[str]) -> int:
 
 
 def command_reward(arguments: Sequence[str]) -> int:
-    """A reward function's trial. The exit code is that of bad data when a call failed."""
+    """A reward function's trial. The exit code is that of bad data when anything wrong was found."""
     if arguments[:1] == ["fit"]:
         return command_reward_fit(arguments[1:])
     parser = _parser("rlkit reward", REWARD, REWARD_EXAMPLES)
@@ -359,8 +361,16 @@ def command_reward(arguments: Sequence[str]) -> int:
     parser.add_argument("fn", help="a name in reward_fns/, or file.py:function, or package.module:function")
     parser.add_argument("--data", type=Path, required=True, help="a file of JSON lines, or .parquet")
     parser.add_argument("--rows", type=int, default=8, help="how many of its rows (default: 8)")
-    parser.add_argument("--prompt-column", default="prompt")
-    parser.add_argument("--answer-column", default="answer", help="what a right completion is made from")
+    parser.add_argument("--prompt-column", metavar="COLUMN", help="default: prompt")
+    parser.add_argument("--answer-column", metavar="COLUMN", help="what a right completion is made from (default: answer)")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="as data.columns.NAME=COLUMN; may be given several times",
+    )
+    parser.add_argument("--chat", action="store_true", help="as data.chat=true: prompts are sent as messages")
     parser.add_argument("--signature", default="auto", help="the convention it is written in: rlkit, trl, verl, verifiers, plain")
     parser.add_argument("--timeout-s", type=float, default=10.0, help="wall clock per call (default: 10)")
     parser.add_argument("--json", action="store_true", help="as JSON")
@@ -375,6 +385,10 @@ def command_reward(arguments: Sequence[str]) -> int:
 
     if given.rows < 1:
         raise ConfigError(f"--rows {given.rows}: write 1 or more.")
+    columns = dict(written.partition("=")[::2] for written in given.column)
+    for written in given.column:
+        if not all(written.partition("=")):
+            raise ConfigError(f"--column {written}: write --column name=column, the function's name and the data's.")
     settings = Reward(fn=given.fn, signature=given.signature, timeout_s=given.timeout_s, num_workers=1, max_error_rate=1.0)
     trial = try_function(
         settings,
@@ -382,6 +396,8 @@ def command_reward(arguments: Sequence[str]) -> int:
         base_dir=Path.cwd(),
         prompt_column=given.prompt_column,
         answer_column=given.answer_column,
+        columns=columns,
+        chat=given.chat,
     )
     print(json.dumps(trial.to_json(), indent=2) if given.json else trial)
     return 0 if trial.is_sound else DataError.exit_code

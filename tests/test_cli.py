@@ -243,6 +243,43 @@ def test_a_reward_function_is_tried_before_any_model_is_loaded(in_folder: Path, 
     )
 
 
+def test_a_trial_begins_with_its_verdict_whatever_is_logged(in_folder: Path):
+    (in_folder / "my.py").write_text("def fn(prompts, completions, answer):\n    return completions[0]['content']\n")
+    (in_folder / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    command = [*RLKIT, "reward", "test", "my.py:fn", "--data", "rows.jsonl"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    assert done.returncode == 2
+    first, *_, last = done.stdout.splitlines()
+    assert first.startswith("my.py:fn: fails on 17 of 17 calls; first on row 0, its answer: TypeError: ")
+    assert last.startswith("TypeError: ")
+    assert 'my.py", line 2, in fn' in done.stdout
+    assert done.stdout.index("traceback:") > done.stdout.index("\n   0  code ")
+
+
+@pytest.mark.parametrize(
+    ("reward", "code"), [("float(completion.strip() == answer)", 0), ("float(completion != answer)", 2), ("1.0", 2), ("None", 2)]
+)
+def test_only_a_sound_function_exits_with_0(in_folder: Path, reward: str, code: int):
+    (in_folder / "my.py").write_text(f"def fn(completion, answer): return {reward}\n")
+    (in_folder / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "2+2=", "answer": "4"}\n')
+    assert call("reward", "test", "my.py:fn", "--data", "rows.jsonl") == code
+
+
+def test_a_trial_takes_columns_by_other_names(in_folder: Path, capsys: pytest.CaptureFixture[str]):
+    (in_folder / "my.py").write_text("def fn(completion, solution): return float(completion.strip() == solution)\n")
+    (in_folder / "rows.jsonl").write_text('{"question": "1+1=", "reply": "2"}\n{"question": "2+2=", "reply": "4"}\n')
+    trial = ["reward", "test", "my.py:fn", "--data", "rows.jsonl"]
+    assert call(*trial) == 2
+    assert "Write --column solution=<" in capsys.readouterr().err
+    columns = ["--column", "solution=reply", "--column", "prompt=question"]
+    assert call(*trial, *columns, "--answer-column", "reply") == 0, capsys.readouterr().out
+    for written in ("solution", "=reply", "solution="):
+        assert call(*trial, "--column", written) == 2
+        assert f"--column {written}: write --column name=column" in capsys.readouterr().err
+    assert call(*trial, *columns, "--answer-column", "gone") == 2
+    assert "--answer-column gone: no row has such a column. The columns are question, reply" in capsys.readouterr().err
+
+
 def test_choices_as_json_and_as_text(capsys: pytest.CaptureFixture[str]):
     assert call("choices", "--json") == 0
     described = json.loads(capsys.readouterr().out)
