@@ -1,4 +1,8 @@
 import json
+import re
+import signal
+import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,7 +13,6 @@ from rlkit.data.rewards.numbers import last_number
 from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.resources import reward_fns_dir
 from rlkit.settings import Reward
-from rlkit.types import RewardStatus
 
 
 def score(name: str, completion: str, **row) -> float | None:
@@ -63,9 +66,34 @@ def test_exact_match(completion, answer, reward):
         ("(-5)", -5),
         ("$-5$", -5),
         ("-$5", -5),
-        ("5-3", 3),
-        ("5 - 3", 3),
-        ("x-3", 3),
+        ("5-3", None),  # part of a calculation
+        ("5 - 3", None),
+        ("5 -3", None),
+        ("5*-3", None),
+        ("x-3", None),
+        ("10\N{EN DASH}20", None),
+        ("2^{10}", None),
+        (r"\sqrt{2}", None),
+        (r"\frac{x}{2}", None),
+        ("5 - 3 = 2", 2),
+        ("step-3", 3),
+        ("- 3", -3),
+        ("x = - 3", -3),
+        ("The answer is - 3", -3),
+        ("The answer - 3", 3),
+        ("So:\n- 3", 3),  # an item of a list
+        ("3 1/2", 3.5),
+        ("-3 1/2", -3.5),
+        (r"3\frac12", 3.5),
+        ("2½", 2.5),
+        (r"\frac{-1}{2}", -0.5),
+        (r"\frac12", 0.5),
+        (r"1\,234\,567", 1234567),
+        ("10^{-3}", Fraction(1, 1000)),
+        (r"1.2 \times 10^{3}", 1200),
+        ("2×10³", 2000),
+        ("12 m^2", 12),
+        ("12 m²", 12),
         ("+7", 7),
         ("3/4", 0.75),
         ("-3/4", -0.75),
@@ -126,6 +154,7 @@ def test_numeric_match(completion, answer, reward):
         ("#### 7\n#### 8", "#### 7", 0),
         ("#### 8", "7 and 7\n#### 7", 0),
         ("", "#### 7", 0),
+        ("#### 42 dollars, from 7 people", "#### 42", 1),
         ("#### 7", "no number", None),
         ("#### 7", None, None),
     ],
@@ -152,6 +181,8 @@ def test_gsm8k(completion, answer, reward):
         ("I do not know", "3", 0),
         ("", "3", 0),
         (r"$\int_{$", "3", 0),
+        ("3", 3, 1),
+        ("0.5", 0.5, 1),
         ("3", "", None),
         ("3", "$$", None),
     ],
@@ -203,12 +234,34 @@ def test_reasoning_gym_score_accepts_every_right_answer():
     assert score("reasoning_gym_score", str(target + 1), **row) < 1  # pyright: ignore[reportOptionalOperand]
 
 
-def test_a_comparison_that_never_ends_is_a_timeout_and_not_a_wrong_answer(tmp_path):
-    texts = [r"\boxed{10^{10^{10}}}", r"\boxed{3}"]
+def test_a_comparison_that_never_ends_is_a_wrong_answer_and_no_timeout(tmp_path):
+    texts = [r"\boxed{10^{10^{10}}}", "9**9**9**9", r"\boxed{3}"]
     items = [RewardItem(sample_id=t, group_id="g", prompt="", completion=t, columns={"answer": "3"}) for t in texts]
-    settings = Reward(fn="math_equivalence", timeout_s=2.0, num_workers=1, max_error_rate=1.0)
+    settings = Reward(fn="math_equivalence", num_workers=1)
     with RewardPool(settings.fn, settings, base_dir=tmp_path) as pool:
-        assert [result.status for result in pool.score(items)] == [RewardStatus.timeout, RewardStatus.ok]
+        assert [result.status.value for result in pool.score(items)] == ["wrong", "wrong", "ok"]
+
+
+def test_math_equivalence_leaves_somebody_elses_alarm_as_it_was():
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        assert score("math_equivalence", r"\boxed{10^{10^{10}}}", answer="3") == 0
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0 or rung
+        time.sleep(0.05)
+        assert rung
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_math_equivalence_works_beside_the_main_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(score("math_equivalence", r"\boxed{1/2}", answer="0.5")))
+    thread.start()
+    thread.join()
+    assert found == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -294,8 +347,8 @@ def test_a_verifier_says_whether_it_found_an_answer(name, text, status):
 def test_what_math_verify_gets_wrong_about_numbers_is_logged(caplog, monkeypatch):
     function, _ = load(locate("math_equivalence", Path.cwd()))
     monkeypatch.setitem(function.__globals__, "verify", lambda *_, **__: False)
-    assert function(prompts=["p"], completions=[r"\boxed{0.5}"], answer=[r"\frac{1}{2}"]) == [0.0]
-    assert "as numbers they say otherwise" in caplog.text
+    assert function(prompts=["p"], completions=[r"\boxed{0.5}"], answer=[r"\frac{1}{2}"]) == [1.0]
+    assert "is True as numbers, and math-verify says otherwise" in caplog.text
 
 
 ADD = "def add(a, b):\n    return a + b\n"

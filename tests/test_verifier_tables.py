@@ -80,42 +80,163 @@ TABLE = [
     ("#### 42", "42", True),
     ("x" * 2000 + " 42", "42", True),
     ("4 2", "42", False),
+    # Percent: a sign on one side alone stands for either value.
+    (r"\boxed{50\%}", "50%", True),
+    ("50%", "50%", True),
+    ("50 percent", "50%", True),
+    (r"\boxed{50}", "50%", True),
+    (r"\boxed{0.5}", "50%", True),
+    (r"\boxed{50\%}", "0.5", True),
+    (r"\boxed{50}", "0.5", False),
+    (r"\boxed{5\%}", "50%", False),
+    (r"\boxed{0.5\%}", "50%", False),
+    # Powers of ten and thousands
+    (r"\boxed{1000}", "1e3", True),
+    (r"\boxed{1e3}", "1000", True),
+    (r"\boxed{1.5e-3}", "0.0015", True),
+    (r"\boxed{0.0015}", "1.5e-3", True),
+    (r"\boxed{1.5 \times 10^{-3}}", "1.5e-3", True),
+    (r"\boxed{2×10³}", "2000", True),
+    ("The answer is 2×10³.", "2000", True),
+    (r"\boxed{1e4}", "1e3", False),
+    (r"\boxed{1234567}", "1,234,567", True),
+    (r"\boxed{1\,234\,567}", "1234567", True),
+    (r"\boxed{1234567}", r"1\,234\,567", True),
+    ("1\N{NARROW NO-BREAK SPACE}234", "1234", True),
+    (r"\boxed{1,234}", "1.234", False),
+    # Characters
+    (r"\boxed{½}", r"\frac{1}{2}", True),
+    (r"\boxed{2½}", "2.5", True),
+    (r"\boxed{2⁄3}", r"\frac{2}{3}", True),
+    (r"\boxed{√2}", r"\sqrt{2}", True),
+    (r"\boxed{\sqrt{2}}", "√2", True),
+    (r"\boxed{∞}", r"\infty", True),
+    (r"\boxed{\N{MINUS SIGN}x}".replace(r"\N{MINUS SIGN}", "\N{MINUS SIGN}"), "-x", True),
+    (r"\boxed{-3}", "\N{MINUS SIGN}3", True),
+    ("The answer is 2π.", r"2\pi", True),
+    ("The answer is 2π.", "2", False),
+    ("The answer is 2x", "2", False),
+    # Mixed numbers and other fractions
+    (r"\boxed{2 1/2}", "2.5", True),
+    (r"\boxed{2.5}", "2 1/2", True),
+    ("-3 1/2", "-3.5", True),
+    (r"\boxed{\frac{-1}{2}}", "-0.5", True),
+    ("- 3", "-3", True),
+    ("5-42", "42", False),
+    ("10-20", "20", False),
+    # Nothing is rounded
+    ("0.333333", "1/3", False),
+    (r"\boxed{0.3333333333333333}", r"\frac{1}{3}", False),
+    (r"\boxed{\frac{1}{3}}", "0.333333", False),
+    (r"\boxed{0.1000001}", "0.1", False),
+    (r"\boxed{1.414214}", r"\sqrt{2}", False),
+    (r"\boxed{3.141593}", r"\pi", False),
+    (r"\boxed{(0.333333, 2)}", r"(\frac{1}{3}, 2)", False),
+    # Units
+    (r"\boxed{12 \text{ cm}}", "12 cm", True),
+    (r"\boxed{12}", "12 cm", True),
+    (r"\boxed{12 m}", "12 cm", False),
+    (r"\boxed{12\,\mathrm{m}}", r"12 \text{ cm}", False),
+    (r"\boxed{12\,\mathrm{cm}}", r"12 \text{ cm}^2", False),
+    (r"\boxed{12\,\mathrm{cm}^2}", r"12 \text{ cm}^2", True),
+    ("12 m", "12 cm", False),
+    ("It is 12 m long.", "12 cm", False),
+    (r"\boxed{12 \text{ centimetres}}", "12 cm", True),
+    (r"\boxed{5 \text{ oranges}}", "5 apples", False),
+    (r"\boxed{5 \text{ apples}}", "5 apples", True),
+    (r"\boxed{10 \text{ PM}}", "10 AM", False),
+    (r"\boxed{60^\circ}", "60 degrees", True),
+    (r"\boxed{7/2 = 3.5}", "3.5", True),
+    (r"\boxed{7/2 = 3.5}", "7", False),
+    (r"\boxed{x > 2.5}", "x > 5/2", True),
+    # Brackets
+    (r"\boxed{\{1,2\}}", "(1,2)", False),
+    (r"\boxed{(1,2)}", r"\{1,2\}", False),
+    (r"\boxed{1,2}", "(1,2)", True),
+    (r"\boxed{2,1}", "(1,2)", False),
+    (r"\boxed{1} and \boxed{2}", "(1,2)", False),
+    (r"\boxed{2,1}", "1,2", True),
+    (r"\boxed{[0,1)}", "[0,1)", True),
+    (r"\boxed{(0,1)}", "[0,1)", False),
+    (r"\boxed{(-\infty,0)\cup(1,\infty)}", r"(-\infty,0)\cup(1,\infty)", True),
+    (r"\boxed{(-\infty,0]\cup(1,\infty)}", r"(-\infty,0)\cup(1,\infty)", False),
+    (r"\boxed{\left(0,1\right)}", "(0,1)", True),
+    # Where the answer stands
+    ("<answer>42</answer>", "42", True),
+    ("<think>41</think> <answer>The answer is 42.</answer>", "42", True),
+    ("<answer>41</answer>, not 42", "42", False),
+    ("<answer>x^2+2x+1</answer>", "(x+1)^2", True),
+    (r"First \boxed{42}, then \boxed{42}.", "42", True),
 ]
 # Wrong verdicts that are known, with the reason.
 OF_MATH = {
-    ("1e3", "1000"): "in LaTeX it is 1 times e times 3",
-    ("+42", "42"): "a sign that stands alone before a number is read as a sum that lacks its first part",
-    (r"\boxed{42", "42"): "a response that was cut off inside the box",
-    (r"\boxed{0.5}", r"50\%"): "a percent sign in the reference is dropped",
+    (r"\boxed{42", "42"): "a response that was cut off inside the box: it might have become 420",
+    ("It is 12 m long.", "12 cm"): "a false positive: in a sentence, units are not looked for",
+    (r"\boxed{12 \text{ centimetres}}", "12 cm"): "units are compared as they are spelled",
 }
 A_CALCULATION = "it looks for the last number and calculates nothing"
+UNITS = "units and signs of percent are ignored"
 OF_NUMBERS = {
-    (r"$1.2 \times 10^{3}$", "1200"): A_CALCULATION,
-    (r"\boxed{10^{-3}}", "0.001"): A_CALCULATION,
     (r"\boxed{2^{10}}", "1024"): A_CALCULATION,
     (r"\boxed{\binom{5}{2}}", "10"): A_CALCULATION,
     (r"\boxed{5!}", "120"): A_CALCULATION,
     (r"\boxed{\log_2 8}", "3"): A_CALCULATION,
     (r"\boxed{\sin(\pi/6)}", "0.5"): A_CALCULATION,
-    (r"\boxed{1\frac{1}{2}}", "1.5"): A_CALCULATION,
+    (r"\boxed{50\%}", "0.5"): UNITS,
     (r"\boxed{41}, not 42", "42"): "a false positive: the last number is not the boxed one",
+    ("<answer>41</answer>, not 42", "42"): "a false positive: the last number is not the tagged one",
+    ("The answer is 2π.", "2"): "a false positive: what stands behind the number may be a unit",
+    ("The answer is 2x", "2"): "a false positive: what stands behind the number may be a unit",
 }
-ANSWERS = {
-    "math_equivalence": (TABLE, OF_MATH),
+
+# completion, the row's column answer, whether it is right
+OF_GSM8K_TABLE = [
+    ("3 + 4 = 7\n#### 7", "It takes 3 + 4.\n#### 7", True),
+    ("#### 42 dollars, from 7 people", "#### 42", True),
+    ("#### 42 dollars, from 7 people", "#### 7", False),
+    ("#### $1,200.00", "#### 1200", True),
+    ("#### **18**", "#### 18", True),
+    ("####18", "#### 18", True),
+    ("#### The answer is 18.", "#### 18", True),
+    ("#### -5", "#### -5", True),
+    ("#### \N{MINUS SIGN}5", "#### -5", True),
+    ("#### 5-42", "#### 42", False),
+    ("#### 5-42", "#### 5", False),
+    ("#### 3 + 4", "#### 3", False),
+    ("#### 3 + 4 = 7", "#### 7", True),
+    ("#### 7\n#### 8", "#### 7", False),
+    ("#### 7\n#### 8", "#### 8", True),
+    ("#### 50%", "#### 50", True),
+    ("#### 1/2", "#### 0.5", True),
+    ("#### seven", "#### 7", False),
+    ("So it is 7.", "#### 7", True),
+    ("7 of 9", "#### 7", False),
+    (r"\boxed{7}", "7", True),
+    ("7\n####", "#### 7", False),
+    ("", "#### 7", False),
+]
+OF_GSM8K = {("#### 3 + 4 = 7", "#### 7"): "the first number is part of a calculation, and no other is looked for"}
+
+# name, the columns that a row's second cell stands for, its rows, its known wrong verdicts
+TABLES = [
+    ("math_equivalence", ("answer",), TABLE, OF_MATH),
     # Numbers alone are its business: rows whose answer is one.
-    "numeric_match": ([row for row in TABLE if row[1].lstrip("-").replace(".", "").isdigit()], OF_NUMBERS),
-}
+    ("numeric_match", ("answer",), [row for row in TABLE if row[1].lstrip("-").replace(".", "").isdigit()], OF_NUMBERS),
+    ("gsm8k", ("answer",), OF_GSM8K_TABLE, OF_GSM8K),
+]
 
 
-@pytest.mark.parametrize("name", list(ANSWERS))
-def test_false_negatives_and_false_positives(name):
+@pytest.mark.parametrize(("name", "columns", "rows", "excused"), TABLES, ids=[table[0] for table in TABLES])
+def test_false_negatives_and_false_positives(name, columns, rows, excused):
     function, _ = load(locate(name, Path.cwd()))
-    rows, excused = ANSWERS[name]
     missed, taken = set(), set()
-    for completion, answer, is_right in rows:
-        [found] = function(prompts=["p"], completions=[completion], answer=[answer])
-        assert found in (0.0, 1.0), (completion, answer)
+    for completion, cells, is_right in rows:
+        row = {column: [cell] for column, cell in zip(columns, cells if len(columns) > 1 else [cells], strict=True)}
+        [found] = function(
+            prompts=["p"], completions=[completion], **row | ({"schema": [TABLE_OF_T]} if name == "sql_result" else {})
+        )
+        assert found in (0.0, 1.0), (completion, cells)
         if found != is_right:
-            (missed if is_right else taken).add((completion, answer))
+            (missed if is_right else taken).add((completion, str(cells)))
     print(f"{name}: {len(rows)} rows, {len(missed)} false negatives, {len(taken)} false positives")
     assert missed | taken == set(excused)
