@@ -290,7 +290,127 @@ def test_multiple_choice(text, answer, reward):
     assert score("multiple_choice", text, answer=answer) == reward
 
 
+FORMS = r"""
+{}
+({})
+{}.
+{}) 12
+{}: Paris
+{}. Paris
+**{}**
+**{}.** Paris
+I choose {}
+I pick {} because it fits
+I'd go with {}.
+I think {}
+I think it is {}. Yes
+Hence ({}).
+Therefore, {}!
+It must be option {}
+My choice: {}
+The answer is {}
+The answer is ({}).
+The answer is {} because
+The answer is {}, since
+Answer: {}
+answer is **{}**
+**Answer: {}**
+The correct option is {}, since
+Final answer: ${}$
+So {} is right
+{} is correct.
+<answer>{}</answer>
+<answer>({}) x</answer>
+\boxed{{{}}}
+\boxed{{\text{{{}}}}}
+\boxed{{\textbf{{({})}}}}
+\boxed{{\mathrm{{{}}}}}
+\boxed{{{}: Paris}}
+"""
+SMALL = r"""
+({})
+answer is ({})
+The answer is {}.
+answer: {}
+\boxed{{{}}}
+<answer>{}</answer>
+"""
+HEDGED = r"""
+{} and {}
+{} or {}
+{}/{}
+{}, {}
+The answer is {} or {}
+answer: {} or {}
+The answer is ({}) or ({})
+Either {} or {} is right
+I choose {} and {}
+Answer {} is wrong; {}
+{}) 12 {}) 13
+answer: **{}** or **{}**
+The answer is {}. Wait, no, {}.
+<answer>{} or {}</answer>
+\boxed{{{} or {}}}
+\boxed{{{}, {}}}
+\boxed{{{}}} or \boxed{{{}}}
+"""
+DENIED = """
+The answer is not {}
+{} is wrong
+({}) is wrong
+{} is not right
+({}) cannot be right
+I would not choose {}
+If the answer is {}, then it rains
+The answer is {}erlin
+The answer is {}++
+Can it be that the answer isn't {}?
+{}anana
+the answer is {}'s
+"""
+REVISED = r"""
+Let's consider answer {}. It fails. So {} is right
+The answer is {}. No: the answer is {}
+<answer>{}</answer> <answer>{}</answer>
+Option {} is wrong, so answer: {}
+\boxed{{{}}} was early; now \boxed{{{}}}
+{} is wrong. The answer is {}
+"""
+
+
+def forms(lines: str) -> list[str]:
+    return lines.strip().splitlines()
+
+
+@pytest.mark.parametrize("choices", [None, ["v", "w", "x", "y", "z"]])
+def test_every_letter_is_read_alike(choices):
+    function, _ = load(locate("multiple_choice", Path.cwd()))
+
+    def reads(text: str, letter: str) -> bool:
+        [found] = function(prompts=["p"], completions=[text], answer=[letter], choices=[choices])
+        return found == 1
+
+    for letter in "ABCDE":
+        assert [form for form in forms(FORMS) if not reads(form.format(letter), letter)] == [], letter
+        assert [form for form in forms(SMALL) if not reads(form.format(letter.lower()), letter)] == [], letter
+        assert [form for form in forms(DENIED) if reads(form.format(letter), letter)] == [], letter
+        for other in set("ABCDE") - {letter}:
+            both = [(form, each) for form in forms(HEDGED) for each in (letter, other) if reads(form.format(letter, other), each)]
+            assert both == [], (letter, other)
+            assert [form for form in forms(REVISED) if not reads(form.format(other, letter), letter)] == [], (letter, other)
+
+
+def test_multiple_choice_reads_no_letters_but_the_rows():
+    assert score("multiple_choice", "X is 5, so B", answer="B", choices=["x", "y"]) == 1
+    assert score("multiple_choice", "X is 5, so B", answer="B") == 0
+    assert score("multiple_choice", "C", answer="C", choices=["x", "y"]) is None
+
+
 def test_multiple_choice_by_number():
+    assert score("multiple_choice", "The answer is A", answer="0", choices=["x", "y"]) == 1
+    assert score("multiple_choice", "The answer is B", answer=1.0, choices=["x", "y"]) == 1
+    assert score("multiple_choice", "The answer is B", answer="0") is None
+    assert score("multiple_choice", "The answer is B", answer=True, choices=["x", "y"]) is None
     assert score("multiple_choice", "The answer is B", answer=1, choices=["x", "y"]) == 1
     assert score("multiple_choice", "The answer is B", answer=7, choices=["x", "y"]) is None
     assert score("multiple_choice", "The answer is B", answer="both") is None

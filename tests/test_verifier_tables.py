@@ -217,12 +217,66 @@ OF_GSM8K_TABLE = [
 ]
 OF_GSM8K = {("#### 3 + 4 = 7", "#### 7"): "the first number is part of a calculation, and no other is looked for"}
 
+OF_CHOICE_TABLE = [
+    ("The answer is (B).", "B", True),
+    ("the answer is (b)", "B", True),
+    ("the answer is b.", "B", True),
+    (r"\boxed{\textbf{(A)}}", "A", True),
+    (r"\boxed{\mathrm{A}}", "A", True),
+    (r"\boxed{A: Paris}", "A", True),
+    (r"\boxed{b}", "B", True),
+    ("**Answer:** B", "B", True),
+    ("<answer>\nB) Paris\n</answer>", "B", True),
+    ("It is A. No: the answer is B", "B", True),
+    ("Option A is wrong, so answer: C", "C", True),
+    ("Let's consider answer A. It fails. So B is right", "B", True),
+    ("I'd go with D because it fits.", "D", True),
+    ("A dog is C", "C", True),
+    ("I think B", "B", True),
+    ("I think A", "A", True),
+    ("We get 12, which is option C.", "C", True),
+    ("The answer is A or B", "A", False),
+    ("answer: A or B", "A", False),
+    ("The answer is B, C", "B", False),
+    ("The answer is (A) Paris or (B) Rome", "A", False),
+    ("The answer is A+B", "B", False),
+    ("Is the answer A?", "A", False),
+    ("Either A or B is right", "B", False),
+    (r"\boxed{A} or \boxed{B}", "B", False),
+    (r"\boxed{A, B}", "A", False),
+    ("A and B", "B", False),
+    ("Answer A is wrong; B", "A", False),
+    ("Let's consider answer A. It fails. So B is right", "A", False),
+    ("The answer is not A", "A", False),
+    ("A is wrong", "A", False),
+    ("I would not choose C", "C", False),
+    ("If the answer is A, it rains.", "A", False),
+    ("The answer is A. Wait, no, B.", "A", False),
+    ("The answer is A positive number, so C", "A", False),
+    ("The answer is C++", "C", False),
+    ("A man walks into a bar", "A", False),
+    ("I am not sure", "I", False),
+    ("A) 12\nB) 13\nC) 14", "A", False),
+    ("<answer>A</answer>", "B", False),
+    ("Paris", "A", False),
+    ("", "A", False),
+    ("The answer is A. Wait, no, B.", "B", True),
+    ("Answer A is wrong; B", "B", True),
+    ("the second one", "B", True),
+]
+OF_CHOICE = {
+    ("The answer is A. Wait, no, B.", "B"): "a second thought takes the mark away, and sets none",
+    ("Answer A is wrong; B", "B"): "elimination: two letters and no mark",
+    ("the second one", "B"): "it looks for letters",
+}
+
 # name, the columns that a row's second cell stands for, its rows, its known wrong verdicts
 TABLES = [
     ("math_equivalence", ("answer",), TABLE, OF_MATH),
     # Numbers alone are its business: rows whose answer is one.
     ("numeric_match", ("answer",), [row for row in TABLE if row[1].lstrip("-").replace(".", "").isdigit()], OF_NUMBERS),
     ("gsm8k", ("answer",), OF_GSM8K_TABLE, OF_GSM8K),
+    ("multiple_choice", ("answer",), OF_CHOICE_TABLE, OF_CHOICE),
 ]
 
 
