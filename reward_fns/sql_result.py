@@ -17,7 +17,7 @@ MAX_SECONDS = 3.0  # a step may take long; reference and query together stay bel
 MAX_ROWS, MAX_RESULT, MAX_VALUE, MAX_HEAP = 100_000, 32 << 20, 1 << 20, 256 << 20  # the last three in bytes
 ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FORBIDDEN_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "zeroblob", "randomblob"}
-FENCE = re.compile(r"```(?:sql|sqlite)?[ \t]*\n(.*?)```", re.DOTALL)
+FENCE = re.compile(r"```(?:sql|sqlite)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 
 def reward(prompts, completions, schema, answer, **columns) -> list[float | None]:
@@ -30,12 +30,14 @@ def reward(prompts, completions, schema, answer, **columns) -> list[float | None
 
 
 def _score(text, schema, reference) -> float | None:
-    blocks = FENCE.findall(text)
-    query = (blocks[-1] if blocks else text).strip()
+    if not isinstance(schema, str) or not isinstance(reference, str) or not reference.strip():
+        return None
     try:
         wanted = _result(schema, reference)
-    except sqlite3.Error:
+    except (sqlite3.Error, OverflowError, ValueError, MemoryError):
         return None
+    blocks = FENCE.findall(text)
+    query = (blocks[-1] if blocks else text).strip()
     if not query:
         return unparsable()
     try:

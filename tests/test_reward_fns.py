@@ -434,7 +434,11 @@ def test_json_schema(text, reward, status):
         found = score("json_schema", text, schema=written)
         assert found == reward
         assert getattr(found, "status", "ok") == status
-    assert score("json_schema", "{}", schema={"type": "nonsense"}) is None
+    none = [{"type": "nonsense"}, None, 3, [], "{", {"$ref": "#/gone"}, {"$ref": "http://localhost/gone"}, {"$ref": "#"}]
+    for schema in [*none, {"properties": {"far": {"$ref": "#/gone"}}}]:
+        assert score("json_schema", "{}", schema=schema) is None
+        assert score("json_schema", "no JSON", schema=schema) is None or schema == {"$ref": "#"}
+    assert score("json_schema", "1", schema={"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer"}}}) == 1
 
 
 def test_shaping():
@@ -444,6 +448,7 @@ def test_shaping():
     assert score("repetition", "") == 0
     assert [score("length", "w " * n, num_words=4) for n in (0, 2, 4, 6, 9)] == [0, 0.5, 1, 0.5, 0]
     assert score("length", "w", num_words=None) is None
+    assert score("length", "w", num_words=True) is None
 
 
 @pytest.mark.parametrize(
@@ -554,6 +559,8 @@ SCHEMA = "create table t (a, b); insert into t values (1, 'x'), (2, 'y'), (2, 'z
         ("nonsense", "select 1", 0),
         ("", "select 1", 0),
         ("select 1", "select nothing", None),
+        ("select 1", None, None),
+        ("select 1", ["select 1"], None),
     ],
 )
 def test_sql_result(query, reference, reward):

@@ -270,6 +270,81 @@ OF_CHOICE = {
     ("the second one", "B"): "it looks for letters",
 }
 
+OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+OF_SCHEMA_TABLE = [
+    ('{"a": 1}', OBJECT, True),
+    (' {"a": 1}\n', OBJECT, True),
+    ('```json\n{"a": 1}\n```', OBJECT, True),
+    ('```JSON\n{"a": 1}\n```', OBJECT, True),
+    ('```\n{"a": 1}\n```\n', OBJECT, True),
+    ('{"a": 1.0}', OBJECT, True),
+    ('{"a": 1, "b": null}', OBJECT, True),
+    ("null", True, True),
+    ('{"a": "1"}', OBJECT, False),
+    ('{"a": 1.5}', OBJECT, False),
+    ('{"a": true}', OBJECT, False),
+    ("{'a': 1}", OBJECT, False),
+    ('{"a": 1,}', OBJECT, False),
+    ('{"a": 1} {"a": 1}', OBJECT, False),
+    ('Here: {"a": 1}', OBJECT, False),
+    ('```json\n{"a": 1}\n```\nDone.', OBJECT, False),
+    ("NaN", {"type": "number"}, False),
+    ("[Infinity]", {}, False),
+    ("9" * 5000, {"type": "integer"}, False),
+    ("9" * 4000, {"multipleOf": 0.5}, False),
+    ("[" * 900 + "]" * 900, {"items": {"$ref": "#"}, "type": "array"}, True),
+    ("1", False, False),
+    ("", {}, False),
+]
+OF_SCHEMA = {(OF_SCHEMA_TABLE[-3][0], str(OF_SCHEMA_TABLE[-3][1])): "as deep as Python reads, and deeper than the validator goes"}
+
+OF_FORMAT_TABLE = [
+    ("<think>a\nb</think><answer>c</answer>", None, True),
+    (" <think>a</think>\n\n<answer>c</answer>\n", None, True),
+    ("<think>1 < 2</think><answer>c</answer>", None, True),
+    ("<think> </think><answer>c</answer>", None, False),
+    ("<think></think><answer>c</answer>", None, False),
+    ("<think>a</think><answer>c", None, False),
+    ("<think>a</think><answer>c</answer>!", None, False),
+    ("<answer>c</answer><think>a</think>", None, False),
+    ("<think>a<think>b</think></think><answer>c</answer>", None, False),
+    ("<Think>a</Think><answer>c</answer>", None, False),
+    ("yes\nno", "yes.no", True),
+    ("yes\nno!", "yes.no", False),
+    ("42", r"\d+", True),
+    ("42 ", r"\d+", False),
+    ("", r"\d*", True),
+]
+OF_FORMAT: dict[tuple[str, str], str] = {}
+
+TABLE_OF_T = "create table t (a, b); insert into t values (1, 'x'), (2, 'y'), (2, 'z');"
+OF_SQL_TABLE = [
+    ("select a from t", "select a from t", True),
+    ("```sql\nselect a from t\n```", "select a from t", True),
+    ("```SQL\nselect a from t;\n```", "select a from t", True),
+    ("Use\n```sql\nselect 1\n```\nor rather\n```sql\nselect a from t\n```", "select a from t", True),
+    ("select t.a as n from t where true", "select a from t", True),
+    ("select a from t order by a desc", "select a from t", True),
+    ("-- all\nselect a from t", "select a from t", True),
+    ("select count(*) from t where a = 2", "select 2", True),
+    ("select 2.0", "select 2", True),
+    ("select a from t order by a desc", "select a from t order by a", False),
+    ("select distinct a from t", "select a from t", False),
+    ("select a, b from t", "select a from t", False),
+    ("select b, a from t", "select a, b from t", False),
+    ("select '2'", "select 2", False),
+    ("select a from t limit 2", "select a from t", False),
+    ("select null", "select 0", False),
+    ("delete from t", "select a from t", False),
+    ("select a from t; select a from t", "select a from t", False),
+    ("The query is: select a from t", "select a from t", False),
+    ("", "select a from t", False),
+    ("select round(2.0000001, 3)", "select 2", True),
+    ("select 2.0000001", "select 2", False),
+    ("select a from t where 1 = 0", "select a from t where a = 3", True),
+]
+OF_SQL: dict[tuple[str, str], str] = {}
+
 # name, the columns that a row's second cell stands for, its rows, its known wrong verdicts
 TABLES = [
     ("math_equivalence", ("answer",), TABLE, OF_MATH),
@@ -277,6 +352,9 @@ TABLES = [
     ("numeric_match", ("answer",), [row for row in TABLE if row[1].lstrip("-").replace(".", "").isdigit()], OF_NUMBERS),
     ("gsm8k", ("answer",), OF_GSM8K_TABLE, OF_GSM8K),
     ("multiple_choice", ("answer",), OF_CHOICE_TABLE, OF_CHOICE),
+    ("json_schema", ("schema",), OF_SCHEMA_TABLE, OF_SCHEMA),
+    ("format", ("pattern",), OF_FORMAT_TABLE, OF_FORMAT),
+    ("sql_result", ("answer",), OF_SQL_TABLE, OF_SQL),
 ]
 
 
