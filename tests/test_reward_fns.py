@@ -503,6 +503,14 @@ ADD = "def add(a, b):\n    return a + b\n"
         ("", [{"input": "", "output": ""}], None, 0),
         ("print(4)", [], None, None),
         ("print(4)", None, None, None),
+        (ADD, [{"call": [1, 2], "returns": 3}], None, None),  # nobody says what to call
+        (ADD, [{"call": [1, 2]}], "add", None),
+        (ADD, "no JSON", "add", None),
+        (ADD, {"inputs": [[1, 2]], "outputs": []}, "add", None),
+        (ADD, ["assert math.floor(add(1, 2)) == 3"], None, None),  # of a module that the program need not have
+        (ADD, ["assert add(1, 2) == float('inf')"], None, None),
+        (ADD, ["add(1, 2)"], None, None),
+        (ADD, ["assert add(1, 2) == 3", "assert add(1, 2) == 4"], None, 0.5),
     ],
 )
 def test_code_tests(text, tests, entry_point, share):

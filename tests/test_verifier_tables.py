@@ -3,6 +3,7 @@
 A wrong verdict is allowed only where it is listed here, with its reason; a verifier that gets better fails the test as well.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -345,6 +346,50 @@ OF_SQL_TABLE = [
 ]
 OF_SQL: dict[tuple[str, str], str] = {}
 
+ADD = "def add(a, b):\n    return a + b\n"
+METHOD = "class Solution:\n    def add(self, a, b):\n        return a + b\n"
+CALLS = [{"call": [1, 2], "returns": 3}, {"call": [2, 2], "returns": 4}]
+PAIRS = {"inputs": [[1, 2], [2, 2]], "outputs": [3, 4]}
+ASSERTS = ["assert add(1, 2) == 3", "assert add((1,), (2,)) == (1, 2)", "assert not add(0, 0)"]
+PRINTED = [{"input": "2\n", "output": "4\n"}, {"input": "3", "output": "6"}]
+OF_CODE_TABLE = [
+    (ADD, (CALLS, "add"), True),
+    (f"```python\n{ADD}```", (CALLS, "add"), True),
+    (f"```python3\n{ADD}```", (CALLS, "add"), True),
+    (f"```PYTHON\n{ADD}```", (CALLS, "add"), True),
+    (f"```Py\n{ADD}```\nIt prints\n```\n3\n```", (CALLS, "add"), True),
+    (METHOD, (CALLS, "add"), True),
+    (METHOD, (CALLS, "Solution.add"), True),
+    (METHOD, (CALLS, "other"), False),
+    (ADD, (CALLS, "Solution.add"), True),
+    (ADD, (json.dumps(CALLS), "add"), True),
+    (ADD, (PAIRS, "add"), True),
+    (METHOD, (json.dumps(PAIRS), "add"), True),
+    (ADD, ({"inputs": ["1\n2"], "outputs": ["3"]}, "add"), True),
+    (ADD, ({"inputs": [[1, 2]], "outputs": [[3]], "fn_name": "add"}, None), True),
+    (ADD, ({"inputs": [[1, 2]], "outputs": [4]}, "add"), False),
+    (ADD, (ASSERTS, None), True),
+    (ADD, (json.dumps(ASSERTS), None), True),
+    (ADD, (["assert add(1, 2) == 4"], None), False),
+    (ADD, (["assert set(add([1], [2])) == {2, 1}"], None), True),
+    ("def add(a, b): return {3}", (["assert add(1, 2) == [3]"], None), False),
+    ("def add(a, b):\n    class Yes:\n        __eq__ = lambda *_: True\n    return Yes()", (ASSERTS, None), False),
+    ("raise SystemExit(0)", (ASSERTS, None), False),
+    ("def add(a, b): return a - b", (CALLS, "add"), False),
+    ("def add(a, b): return 3", (CALLS, "add"), False),
+    ("def add(a, b): print(a + b)", (CALLS, "add"), False),
+    ("def add(a, b): return str(a + b)", (CALLS, "add"), False),
+    ("print(2 * int(input()))", (PRINTED, None), True),
+    ("print(2 * int(input()))", ({"inputs": ["2", ["3"]], "outputs": ["4", ["6"]]}, None), True),
+    ("print(2 * int(input()), end=' ')", (PRINTED, None), True),
+    ("print('Result:', 2 * int(input()))", (PRINTED, None), False),
+    ("print(2.0 * int(input()))", (PRINTED, None), False),
+    ("import math\nprint(math.floor(2 * int(input())))", (PRINTED, None), True),
+    ("I would add them.", (CALLS, "add"), False),
+    (f"```python\n{ADD}", (CALLS, "add"), True),
+]
+OF_CODE = {(OF_CODE_TABLE[-1][0], str(OF_CODE_TABLE[-1][1])): "a block that was cut off"}
+
 # name, the columns that a row's second cell stands for, its rows, its known wrong verdicts
 TABLES = [
     ("math_equivalence", ("answer",), TABLE, OF_MATH),
@@ -355,6 +400,7 @@ TABLES = [
     ("json_schema", ("schema",), OF_SCHEMA_TABLE, OF_SCHEMA),
     ("format", ("pattern",), OF_FORMAT_TABLE, OF_FORMAT),
     ("sql_result", ("answer",), OF_SQL_TABLE, OF_SQL),
+    ("code_tests", ("tests", "entry_point"), OF_CODE_TABLE, OF_CODE),
 ]
 
 
