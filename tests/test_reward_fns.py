@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from rlkit.cli import command_reward
+from rlkit.compose import compose
 from rlkit.data.rewards.functions import load, locate
 from rlkit.data.rewards.numbers import last_number
 from rlkit.data.rewards.pool import RewardItem, RewardPool
+from rlkit.data.rewards.signatures import read_signature
+from rlkit.data.rewards.trial import HOSTILE
 from rlkit.resources import reward_fns_dir
 from rlkit.settings import Reward
 
@@ -574,3 +578,140 @@ SCHEMA = "create table t (a, b); insert into t values (1, 'x'), (2, 'y'), (2, 'z
 def test_sql_result(query, reference, reward):
     assert score("sql_result", query, schema=SCHEMA, answer=reference) == reward
     assert not Path("/tmp/planted.db").exists()
+
+
+@pytest.mark.parametrize("fault", [None, [], {}, True, "", float("nan")])
+@pytest.mark.parametrize("name", ["exact_match", "numeric_match", "gsm8k", "math_equivalence", "multiple_choice", "sql_result"])
+def test_a_row_without_an_answer_is_skipped(name, fault):
+    for text in ("1", "A", "True", "", "select 1"):
+        assert score(name, text, answer=fault, schema=SCHEMA) is None
+
+
+def test_rows_that_lack_other_columns_are_skipped():
+    assert score("expressions", "7+5-3-2", digits=None, target=7) is None
+    assert score("expressions", "7+5-3-2", digits="3572", target=None) is None
+    assert score("expression_form", "7+5-3-2", digits=None) is None
+    assert score("format", "x", pattern="(") is None
+    assert score("format", "x", pattern=3) is None
+    assert score("sql_result", "select 1", schema=None, answer="select 1") is None
+    assert score("code_tests", ADD, tests=True, entry_point="add") is None
+
+
+DOCS = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text(encoding="utf-8")
+
+
+def table_in_docs() -> dict[str, dict[str, str]]:
+    [table] = re.findall(r"^\| `reward\.fn` \|.*?(?=\n\n)", DOCS, re.DOTALL | re.MULTILINE)
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert all(len(cells) == len(head) for cells in lines)
+    return {cells[0].strip("`"): dict(zip(head, cells, strict=True)) for cells in lines}
+
+
+TABLE_IN_DOCS = table_in_docs()
+
+# Rows for every verifier that needs no server; whatever a policy writes is right or wrong there.
+ROWS = {
+    "code_tests": {"tests": [{"input": "", "output": "4"}]},
+    "exact_match": {"answer": "4"},
+    "expression_form": {"digits": "3572", "target": 7},
+    "expression_parts": {"digits": "3572", "target": 7},
+    "expressions": {"digits": "3572", "target": 7},
+    "format": {},
+    "gsm8k": {"answer": "#### 4"},
+    "json_schema": {"schema": {"type": "integer", "multipleOf": 0.5, "$defs": {"a": {"items": {"$ref": "#"}}}}},
+    "length": {"num_words": 4},
+    "math_equivalence": {"answer": "4"},
+    "multiple_choice": {"answer": "A", "choices": ["x", "y"]},
+    "numeric_match": {"answer": "4"},
+    "repetition": {},
+    "sql_result": {"schema": SCHEMA, "answer": "select a from t"},
+}
+ASK_SERVERS = {"judge", "remote"}
+WORSE = {
+    "number in JSON": "9" * 5_000,
+    "digits": "9" * 20_000,
+    "digits in a box": r"\boxed{" + "9" * 20_000 + "}",
+    "tower": "9**9**9**9",
+    "tower in a box": r"\boxed{9^{9^{9^9}}}",
+    "factorial": r"\boxed{99999999!}",
+    "brackets in a box": r"\boxed{" + "(" * 900 + "1" + ")" * 900 + "}",
+    "other digits": "\U0001d7d9",
+    "other digits in a box": "\\boxed{\U0001d7d9}",
+    "no number": r"\boxed{\frac{0}{0}}",
+    "dollars": "$" * 5_000,
+    "answers": "answer: $" * 2_000,
+    "letters": "A or B, " * 5_000,
+    "powers": "2^" * 5_000,
+    "tags without end": "<answer>" * 20_000,
+    "ends without tags": "</answer>" * 20_000,
+    "spaces behind a mark": ("the answer is" + " " * 2_000) * 20,
+    "many marks": "the answer is b " * 5_000,
+    "separators": "1,234" + ",567" * 5_000 + ",",
+}
+
+
+def test_every_verifier_meets_what_a_policy_comes_up_with():
+    shipped = {path.stem for path in reward_fns_dir().glob("*.py")}
+    assert shipped - ASK_SERVERS - {"reasoning_gym_score"} == set(ROWS)
+
+
+SLOW = {"code_tests", "math_equivalence", "reasoning_gym_score"}  # which run until they are stopped
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in (*ROWS, "reasoning_gym_score")]
+)
+def test_nothing_that_a_policy_writes_is_an_error_or_too_late(name, tmp_path):
+    """Such samples are masked: junk would cost the policy nothing, and many of them stop the run."""
+    row = ROWS.get(name)
+    if row is None:
+        gym = pytest.importorskip("reasoning_gym")
+        entry = json.loads(json.dumps(gym.create_dataset("countdown", size=1, seed=1)[0]))
+        row = {"prompt": entry["question"], "answer": entry["answer"], "metadata": entry["metadata"]}
+    items = [
+        RewardItem(sample_id=case, group_id=case, prompt="p", completion=text, columns=row)
+        for case, text in {**HOSTILE, **{f"worse {case}": text for case, text in WORSE.items()}}.items()
+    ]
+    settings = Reward(fn=name, num_workers=1)
+    with RewardPool(name, settings, base_dir=tmp_path) as pool:
+        found = pool.score(items)
+    failed = {item.sample_id: result.message for item, result in zip(items, found, strict=True) if result.reward is None}
+    assert failed == {}
+    assert {result.status.value for result in found} <= set(TABLE_IN_DOCS[name]["statuses"].split(", ")) - {"skipped"}
+
+
+def test_the_documentations_table_has_what_is_shipped():
+    assert sorted(TABLE_IN_DOCS) == sorted(path.stem for path in reward_fns_dir().glob("*.py"))
+    for name in set(TABLE_IN_DOCS) - ASK_SERVERS:
+        _, signature = load(locate(name, Path.cwd()))
+        named = re.findall(r"`(\w+)`", TABLE_IN_DOCS[name]["columns"])
+        assert set(signature.columns) <= set(named), name
+        assert set(signature.optional_columns) - {"choices", "entry_point"} <= set(named), name
+
+
+def test_the_documentations_forms_of_tests_run():
+    forms = [json.loads(text) for text in re.findall(r"^\| `([\[{].*?)`[ ,]", DOCS, re.MULTILINE)]
+    assert len(forms) == 4
+    for tests in forms:
+        is_script = isinstance(tests, list) and "input" in tests[0]
+        program, entry_point = ("print(2 * int(input()))", None) if is_script else (ADD, "add")
+        assert score("code_tests", program, tests=tests, entry_point=entry_point) == 1, tests
+        assert score("code_tests", "pass", tests=tests, entry_point=entry_point) == 0, tests
+
+
+def test_the_documentations_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    [program], [row] = (re.findall(rf"```{language}\n(.*?)```", DOCS, re.DOTALL) for language in ("python", "json"))
+    [commands] = re.findall(r"```bash\n(.*?)```", DOCS, re.DOTALL)
+    Path("my_rewards.py").write_text(program)
+    Path("rows.jsonl").write_text(row)
+    test, train = (line.split() for line in commands.strip().splitlines())
+    assert command_reward(test[2:]) == 0
+    assert "nothing wrong was found" in capsys.readouterr().out
+    assert compose(train[2:]).reward.functions == {"": "my_rewards.py:yes_or_no"}
+    space = {}
+    exec(program, space)
+    found = space["yes_or_no"](prompts=["p"] * 4, completions=["Yes.", "no", "maybe", "yes"], answer=["yes", "yes", "yes", None])
+    assert [getattr(each, "status", each) for each in found] == [1.0, "wrong", "unparsable", None]
+    assert space["shortest"](prompts=["p"] * 3, completions=["aa", "a", "b"]) == [0, 1, 1]
+    assert read_signature("shortest", space["shortest"]).group_wise
