@@ -98,7 +98,7 @@ class EnvironmentPool:
                 start_new_session=True,
             )
         try:
-            hello = self._hear()
+            hello = self._hello()
             self.tools: tuple[dict[str, Any], ...] = tuple(hello["tools"])  # that the policy must be told of
             self.scores_cut: bool = hello["scores_cut"]  # an episode that ends for want of tokens or turns
         except BaseException:
@@ -184,21 +184,20 @@ class EnvironmentPool:
         with ExitStack() as unused:
             try:
                 ours, theirs = map(unused.enter_context, socket.socketpair())
-                socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
-                pid = self._hear()["pid"]
             except OSError as error:
                 if error.errno != errno.EMFILE:
-                    raise ResourceError(f"The process that environments are forked from has ended: {error}.") from error
+                    raise
                 raise ResourceError(
                     f"{len(self._busy)} episodes at once use up this process's open files. Raise the limit (ulimit -n), or lower "
                     "environment.max_episodes_at_once."
                 ) from error
+            pid = self._answer(b"fork", theirs)["pid"]
             unused.pop_all()
             theirs.close()
         return EpisodeWorker(pid, Channel(ours, max_bytes=MAX_ANSWER))
 
-    def _hear(self) -> dict[str, Any]:
-        """What the process that forks says. Raises ConfigError where it says that it cannot start."""
+    def _hello(self) -> dict[str, Any]:
+        """What the process that forks says once it can. Raises ConfigError where it says that it cannot."""
         self._control.settimeout(self._start_limit_s)
         try:
             said = self._control.recv(1 << 20)
@@ -206,15 +205,38 @@ class EnvironmentPool:
             raise RewardError(
                 f"{self.name}: importing it took longer than {self._start_limit_s:g} s. Move slow work out of its top level."
             ) from None
+        except ConnectionResetError:
+            said = b""
         if not said:
             raise ResourceError(f"{self.name}: its process ended while importing it. See what it printed before.")
-        answer = json.loads(said)
-        if "config_error" in answer:
-            raise ConfigError(answer["config_error"])
-        if "import_error" in answer:
-            error = answer["import_error"]
+        hello = json.loads(said)
+        if "config_error" in hello:
+            raise ConfigError(hello["config_error"])
+        if "import_error" in hello:
+            error = hello["import_error"]
             raise ConfigError(f"{self.name}: importing it raised {error['summary']}. Fix it.\n{error['traceback']}")
-        return answer
+        return hello
+
+    def _answer(self, request: bytes, *sockets: socket.socket) -> dict[str, Any]:
+        """What the process that forks says to a request. Raises ResourceError where it says nothing, which is its end."""
+        self._control.settimeout(self._start_limit_s)
+        try:
+            socket.send_fds(self._control, [request], [each.fileno() for each in sockets])
+            said = self._control.recv(1 << 20)
+        except TimeoutError:
+            with suppress(ProcessLookupError, PermissionError):  # only the zombie is left
+                os.killpg(self._process.pid, signal.SIGKILL)  # whoever asks next would hear this answer, or wait as long
+            raise ResourceError(
+                f"{self.name}: the process that its episodes are forked from did not answer within {self._start_limit_s:g} s. "
+                "See whether this machine is short of memory."
+            ) from None
+        except OSError:
+            said = b""
+        if not said:
+            raise ResourceError(
+                f"{self.name}: the process that its episodes are forked from has ended. See what it printed before."
+            )
+        return json.loads(said)
 
     def _exchange(self, calls: Sequence[tuple[EpisodeWorker, dict[str, Any]]]) -> list[dict[str, Any] | Failure]:
         """The answers, in the order of the calls; of these `max_calls_at_once` are under way, and the clock of each starts when
@@ -304,11 +326,7 @@ class EnvironmentPool:
             os.killpg(worker.pid, signal.SIGKILL)
         worker.channel.close()
         with self._lock:
-            try:
-                self._control.send(str(worker.pid).encode())
-                self._hear()
-            except OSError as error:
-                raise ResourceError(f"The process that environments are forked from has ended: {error}.") from error
+            self._answer(str(worker.pid).encode())
 
 
 class Made(NamedTuple):

@@ -279,6 +279,9 @@ def test_a_missing_file_is_refused_and_slow_imports_too(tmp_path):
     (tmp_path / "slow.py").write_text("import time\ntime.sleep(100)\nclass A: ...\n")
     with pytest.raises(RewardError, match=r"importing it took longer than 0.5 s"):
         EnvironmentPool(PythonEnvironment(env="slow.py:A"), base_dir=tmp_path, start_limit_s=0.5)
+    (tmp_path / "gone.py").write_text("import os\nos._exit(3)\n")
+    with pytest.raises(ResourceError, match=r"environment.env=gone.py:A: its process ended while importing it. See what"):
+        EnvironmentPool(PythonEnvironment(env="gone.py:A"), base_dir=tmp_path)
 
 
 def test_a_setting_that_turns_out_wrong_in_an_episode_stops_the_run(open_pool):
@@ -297,6 +300,14 @@ def test_too_many_failed_episodes_stop_the_run(open_pool):
     pool.count("fine", None)
     for number in range(20):
         pool.count(f"s{number}", Failure(status=RewardStatus.error, message="it broke"))  # could still be few of 200
+
+
+def running(pid: int) -> bool:
+    """More than a zombie, which whoever inherits it may leave."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def alive(pids: list[int]) -> list[int]:
@@ -343,24 +354,40 @@ def test_everything_goes_with_the_process_that_trains(tmp_path):
     process.stdout.close()
     end = time.monotonic() + 5
 
-    def running(pid: int) -> bool:  # whoever inherits them may leave them as zombies
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except FileNotFoundError:
-            return False
-
     while any(map(running, pids)) and time.monotonic() < end:
         time.sleep(0.05)
     assert not [pid for pid in pids if running(pid)]
 
 
-def test_the_death_of_the_process_they_are_forked_from_is_loud(open_pool):
+def test_the_death_of_the_process_they_are_forked_from_is_loud(open_pool, wait_until):
     pool = open_pool()
     [worker] = begin(pool)
     os.killpg(pool._process.pid, signal.SIGKILL)
-    with pytest.raises(ResourceError, match=r"has ended|ended while"):
+    ended = (
+        r"^environment.env=worlds.py:Acts: the process that its episodes are forked from has ended. See what it printed before.$"
+    )
+    with pytest.raises(ResourceError, match=ended):
         pool.begin([({}, 0), ({}, 1)])
-    del worker
+    assert wait_until(lambda: not running(worker.pid))  # it goes with it
+    with pytest.raises(ResourceError, match=ended):
+        pool.step([(worker, "go")])
+
+
+def test_a_process_to_fork_from_that_stands_still_is_loud_and_holds_nobody_up_again(open_pool, monkeypatch, wait_until):
+    pool = open_pool()
+    begin(pool, 2)
+    os.kill(pool._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(pool, "_start_limit_s", 0.5)
+    with pytest.raises(
+        ResourceError, match="the process that its episodes are forked from did not answer within 0.5 s. See whether"
+    ):
+        begin(pool)
+    monkeypatch.setattr(pool, "_start_limit_s", 1000.0)
+    with pytest.raises(ResourceError, match="has ended"):
+        begin(pool)
+    pids = pool.worker_pids
+    pool.close()
+    assert wait_until(lambda: not any(map(running, pids)))
 
 
 def test_the_example_in_the_documentation_plays(tmp_path):
