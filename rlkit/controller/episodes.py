@@ -17,6 +17,7 @@ from rlkit.config import RunConfig
 from rlkit.controller.dispatch import Ticket, first_complete
 from rlkit.controller.fleet import Engines, Generation
 from rlkit.controller.sampling import Sampled, Sampler, Submitted, sample_seed, tokens_of
+from rlkit.core.rehearsal import BaseAnswers
 from rlkit.data.environments.episode import Episode, Piece
 from rlkit.data.environments.history import History
 from rlkit.data.environments.pool import EnvironmentPool, Failure
@@ -25,7 +26,7 @@ from rlkit.data.prompts import PromptSet, load_prompts
 from rlkit.data.rewards.pool import RewardItem
 from rlkit.data.rewards.weighted import Rewards
 from rlkit.errors import ConfigError
-from rlkit.settings import CallFormat, EnvironmentReward, MultiTurn, ToolEnvironment
+from rlkit.settings import CallFormat, EnvironmentReward, HeldOut, MultiTurn, ToolEnvironment
 from rlkit.types import (
     FinishReason,
     Prompt,
@@ -266,10 +267,22 @@ class EpisodeSampler(Sampler):
 
 
 def open_environment(config: RunConfig, *, base_dir: Path) -> AbstractContextManager[EnvironmentPool | None]:
-    """The run's environment, with its processes; None where there is but one turn. Raises ConfigError."""
+    """The run's environment, with its processes; None where there is but one turn. Raises ConfigError or ResourceError."""
     if not isinstance(config.environment, MultiTurn):
         return nullcontext(None)
-    return EnvironmentPool(config.environment, base_dir=base_dir)
+    num_episodes, num_batches = most_episodes(config, config.environment), 1 + config.max_staleness
+    return EnvironmentPool(config.environment, base_dir=base_dir, num_episodes=num_episodes, num_batches=num_batches)
+
+
+def most_episodes(config: RunConfig, settings: MultiTurn) -> int:
+    """That can be under way at once: of the batches sampled ahead, and of one that is waited for, of whatever kind."""
+    limit = settings.max_episodes_at_once
+    waited_for = [config.samples_per_step]
+    if isinstance(held_out := config.evaluation, HeldOut):
+        waited_for.append(held_out.num_prompts * held_out.samples_per_prompt)
+    if isinstance(config.rehearsal, BaseAnswers):
+        waited_for.append(limit)
+    return config.max_staleness * min(limit, config.samples_per_step) + min(limit, max(waited_for))
 
 
 def read_prompts(

@@ -13,7 +13,7 @@ import torch
 
 from rlkit.compose import compose
 from rlkit.controller.dispatch import Ticket
-from rlkit.controller.episodes import EpisodeSampler, make_sampler, open_environment, read_prompts
+from rlkit.controller.episodes import EpisodeSampler, make_sampler, most_episodes, open_environment, read_prompts
 from rlkit.controller.preparation import episode_parts, with_advantages
 from rlkit.data.collate import collate
 from rlkit.data.rewards.pool import RewardItem
@@ -280,6 +280,24 @@ def test_no_more_episodes_run_at_once_than_may_and_all_come_back_in_order(stage,
     assert [int(rollout.turn_index.max()) + 1 for rollout in rollouts] == list(turns.values())
     assert max(map(len, made.engines.waves)) <= (1 if singly else 5)
     assert len(made.sampler.environment.worker_pids) == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        (["evaluation=none"], 256),  # a batch
+        (["evaluation.num_prompts=10"], 256),  # 10 * 16 are fewer
+        (["evaluation.num_prompts=64"], 1000),  # 64 * 16, and no more than may
+        (["evaluation=none", "max_staleness=2"], 3 * 256),
+        (["evaluation.num_prompts=30", "max_staleness=2"], 2 * 256 + 480),  # an evaluation while two batches are sampled ahead
+        (["evaluation.num_prompts=64", "max_staleness=2", "environment.max_episodes_at_once=100"], 300),
+    ],
+)
+def test_how_many_episodes_can_be_under_way_at_once(overrides, count):
+    base = ["environment=guessing_game", "environment.max_episodes_at_once=1000", "reward=environment"]
+    config = compose([*base, "prompts_per_step=32", "group_size=8", *overrides])
+    settings: Any = config.environment
+    assert most_episodes(config, settings) == count
 
 
 def test_seeds_differ_between_turns_and_samples_and_follow_from_them_alone(stage):

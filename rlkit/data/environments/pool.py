@@ -29,10 +29,9 @@ from rlkit.errors import ConfigError, DataError, ResourceError, RewardError
 from rlkit.settings import GuessingGame, MultiTurn, PythonEnvironment, ToolEnvironment, VerifiersEnvironment
 from rlkit.types import RewardStatus
 
-BATCHES = 4  # of episodes under way, where learning lags behind: see `max_staleness`
 POLL_S = 0.25  # how often a silent worker's memory is looked at
 MAX_ANSWER = 16 << 20  # bytes: what is longer would be cut to a few thousand
-OTHER_FILES = 1024  # that a run may have open
+OTHER_FILES = 512  # that a run may open beside those that it has open when it opens its environment
 EPISODES_PER_WORKER = 1000  # then it makes room for a fresh one
 
 
@@ -56,8 +55,17 @@ class EpisodeWorker:
 class EnvironmentPool:
     """The processes of a run's environment. Several threads may use it; an episode belongs to one."""
 
-    def __init__(self, settings: MultiTurn, *, base_dir: Path, start_limit_s: float | None = None):
-        """Imports the environment, in another process. Raises ConfigError where it cannot be found, imported or made.
+    def __init__(
+        self,
+        settings: MultiTurn,
+        *,
+        base_dir: Path,
+        num_episodes: int | None = None,
+        num_batches: int = 1,
+        start_limit_s: float | None = None,
+    ):
+        """Imports the environment, in another process. Raises ConfigError where it cannot be found, imported or made, and
+        ResourceError where fewer files may be open than `num_episodes` under way at once need, which are of `num_batches`.
 
         The kernel kills everything when the thread that called this ends.
         """
@@ -66,7 +74,7 @@ class EnvironmentPool:
         made = made_of(settings)
         self.name = made.name  # for messages: the setting that chose it
         self._at_once = settings.max_calls_at_once or len(os.sched_getaffinity(0))
-        _make_room(settings.max_episodes_at_once)
+        _make_room(num_episodes or settings.max_episodes_at_once, num_batches)
         base_dir = base_dir.resolve()
         locate("environment.env", made.entry, base_dir)
         self._budget = ErrorBudget(
@@ -364,9 +372,19 @@ def _sent(row: Mapping[str, Any]) -> Any:
         raise DataError(f"A row of the data holds {kind}, which cannot be sent to an environment. Store text or numbers.") from None
 
 
-def _make_room(num_episodes: int) -> None:
-    """Each episode holds a socket open, and the usual limit of 1024 is meant for less: up to what the system allows."""
+def _make_room(num_episodes: int, num_batches: int) -> None:
+    """Each episode holds a socket open, and the usual limit of 1024 is meant for less. Raises ResourceError where the system
+    allows no more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = BATCHES * num_episodes + OTHER_FILES
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    others = len(os.listdir("/dev/fd")) + OTHER_FILES
+    needed = num_episodes + others
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        fitting = (hard - others) // num_batches
+        fewer = f", or write environment.max_episodes_at_once={fitting}" if fitting > 0 else ""
+        less = " or a lower max_staleness" if fewer and num_batches > 1 else ""
+        raise ResourceError(
+            f"{num_episodes} episodes may be under way at once, each with a file open, and with what else a run opens that is "
+            f"{needed}; this process may open {hard} (ulimit -Hn). Have its limit raised (ulimit -n {needed}){fewer}{less}."
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

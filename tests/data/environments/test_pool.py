@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -359,6 +360,51 @@ def test_everything_goes_with_the_process_that_trains(tmp_path):
     assert not [pid for pid in pids if running(pid)]
 
 
+def limited(tmp_path: Path, soft: int, hard: int, *lines: str) -> subprocess.CompletedProcess:
+    """What a process says that may open so many files, and raises what it raises."""
+    (tmp_path / "worlds.py").write_text(ENVIRONMENTS)
+    code = [
+        "import resource",
+        "from pathlib import Path",
+        "from rlkit.data.environments.pool import EnvironmentPool, Failure",
+        "from rlkit.settings import PythonEnvironment",
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))",
+        "settings = PythonEnvironment(env='worlds.py:Acts')",
+        *lines,
+    ]
+    return subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+
+def test_more_episodes_than_there_may_be_files_are_refused_at_the_start(tmp_path):
+    opened = "EnvironmentPool(settings, base_dir=Path('.'), num_episodes={}, num_batches={})"
+    refused = limited(tmp_path, 200, 700, opened.format(300, 3)).stderr.splitlines()[-1]
+    found = re.search(
+        r"ResourceError: 300 episodes may be under way at once, .* that is (\d+); this process may open 700 \(ulimit -Hn\). "
+        r"Have its limit raised \(ulimit -n (\d+)\), or write environment.max_episodes_at_once=(\d+) or a lower max_staleness.$",
+        refused,
+    )
+    assert found, refused
+    needed, written, fitting = map(int, found.groups())
+    assert needed == written
+    assert 3 * fitting <= 700 - (needed - 300) < 3 * (fitting + 1)
+    for hard, count in ((needed, 300), (700, 3 * fitting)):  # what it says to write is enough
+        assert limited(tmp_path, 200, hard, opened.format(count, 3) + ".close()").returncode == 0
+    alone = limited(tmp_path, 200, 200, opened.format(10, 1)).stderr.splitlines()[-1]
+    assert re.search(r"Have its limit raised \(ulimit -n \d+\).$", alone), alone
+
+
+def test_as_many_episodes_begin_as_the_limit_is_raised_for(tmp_path):
+    said = limited(
+        tmp_path,
+        64,
+        2000,
+        "pool = EnvironmentPool(settings, base_dir=Path('.'), num_episodes=150)",
+        "begun = pool.begin([({}, number) for number in range(150)])",
+        "print(len(begun), sum(isinstance(each, Failure) for each in begun))",
+    )
+    assert said.stdout.split() == ["150", "0"], said.stderr
+
+
 def test_the_death_of_the_process_they_are_forked_from_is_loud(open_pool, wait_until):
     pool = open_pool()
     [worker] = begin(pool)
@@ -378,9 +424,7 @@ def test_a_process_to_fork_from_that_stands_still_is_loud_and_holds_nobody_up_ag
     begin(pool, 2)
     os.kill(pool._process.pid, signal.SIGSTOP)
     monkeypatch.setattr(pool, "_start_limit_s", 0.5)
-    with pytest.raises(
-        ResourceError, match="the process that its episodes are forked from did not answer within 0.5 s. See whether"
-    ):
+    with pytest.raises(ResourceError, match=r"forked from did not answer within 0.5 s. See whether"):
         begin(pool)
     monkeypatch.setattr(pool, "_start_limit_s", 1000.0)
     with pytest.raises(ResourceError, match="has ended"):
