@@ -5,22 +5,28 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlkit.config import RunConfig
 from rlkit.controller.dispatch import Ticket, first_complete
 from rlkit.controller.fleet import Engines, Generation
+from rlkit.controller.lookahead import wait_briefly
 from rlkit.controller.sampling import Sampled, Sampler, Submitted, sample_seed, tokens_of
 from rlkit.core.rehearsal import BaseAnswers
+from rlkit.data.environments.calls import Calls, EpisodeWorker, Failure
 from rlkit.data.environments.episode import Episode, Piece
 from rlkit.data.environments.history import History
-from rlkit.data.environments.pool import EnvironmentPool, Failure
+from rlkit.data.environments.pool import EnvironmentPool
 from rlkit.data.environments.protocol import Step
 from rlkit.data.prompts import PromptSet, load_prompts
 from rlkit.data.rewards.pool import RewardItem
@@ -43,18 +49,42 @@ if TYPE_CHECKING:
 TRANSCRIPT = "transcript"  # the column in which a reward function finds who said what
 
 
+PATIENCE_S = 0.02  # at one of the two, environment and engines, while the other is at work too
+
 Wave = tuple[list[Episode], Generation | Ticket]  # turns under way that come back together
+
+
+class Played(NamedTuple):
+    """When episodes had come to their ends, and how long they had waited for nothing but their environment."""
+
+    at: float
+    environment_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubmittedEpisodes(Submitted):
-    """Episodes of which the first have begun."""
+    """Episodes, which somebody plays already, or which whoever collects them is to play."""
 
     episodes: list[Episode]
-    waiting: deque[Episode]  # those of them that have not begun, because so many others have
-    waves: list[Wave]
     sampling: SamplingSpec
-    environment_s: float  # taken so far
+    playing: Future[Played] | None
+
+
+@dataclass(kw_only=True, slots=True)
+class Play:
+    """Where the episodes of a batch are that are not over."""
+
+    waiting: deque[Episode]  # they have not begun, because so many others have
+    calls: Calls  # with their environment
+    sampling: SamplingSpec
+    ready: list[Episode] = field(default_factory=list)  # for their next turn
+    waves: list[Wave] = field(default_factory=list)  # with the engines
+
+    @property
+    def has_heard(self) -> bool:
+        """Whether some turn is back, or never will be."""
+        tickets = (generation for _, generation in self.waves if isinstance(generation, Ticket))
+        return any(ticket.is_complete or ticket.failure is not None for ticket in tickets)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,7 +99,7 @@ class EpisodeSampler(Sampler):
     has_outcome: bool  # something judges the answer beside what the environment gives
 
     def submit(self, label: str, prompts: Sequence[Prompt], group_size: int, sampling: SamplingSpec) -> SubmittedEpisodes:
-        """Begin the episodes, and their first turns. See `Sampler.submit`."""
+        """Begin the episodes, in a thread of their own where engines take samples one by one. See `Sampler.submit`."""
         started = time.monotonic()
         # One world for all samples of a prompt, because they are compared with each other.
         episodes = [
@@ -84,59 +114,108 @@ class EpisodeSampler(Sampler):
             for place, prompt in enumerate(prompts)
             for index in range(group_size)
         ]
-        waiting = deque(episodes)
-        begun = self._begin(waiting, room=self.settings.max_episodes_at_once)
-        environment_s = time.monotonic() - started
-        return SubmittedEpisodes(
-            started=started,
-            episodes=episodes,
-            waiting=waiting,
-            waves=self._ask(begun, sampling),
-            sampling=sampling,
-            environment_s=environment_s,
-        )
+        playing = None
+        if self.engines.takes_singly:  # whoever submits them has other things to do meanwhile
+            playing = Future()
+            given = (playing, episodes, sampling)
+            threading.Thread(target=self._play_aside, args=given, name=f"plays {label}", daemon=True).start()
+        return SubmittedEpisodes(started=started, episodes=episodes, sampling=sampling, playing=playing)
 
     def collect(self, submitted: Submitted) -> Sampled:
         """Play them to their ends. Raises RewardError when too many fail, in the environment or at their reward."""
         assert isinstance(submitted, SubmittedEpisodes)
-        waves, sampling, environment_s = list(submitted.waves), submitted.sampling, submitted.environment_s
-        while waves:
-            episodes = self._hear(waves)
-            began = time.monotonic()
-            for episode, step in zip(episodes, self._step(episodes), strict=True):
-                self._follow(episode, step, sampling.max_tokens)
-            self._close(episodes)
-            going = [episode for episode in episodes if not episode.is_over]
-            begun = self._begin(submitted.waiting, room=len(episodes) - len(going))
-            environment_s += time.monotonic() - began
-            waves += self._ask([*going, *begun], sampling)
+        if (playing := submitted.playing) is None:
+            played = self._play(submitted.episodes, submitted.sampling)
+        else:
+            while not playing.done():  # in short waits, because a signal cannot interrupt a long one
+                wait_briefly(playing)
+            played = playing.result()
         for episode in submitted.episodes:
             self.environment.count(episode.sample_id, episode.failure)
-        played = time.monotonic()
+        began = time.monotonic()
         rollouts = self._scored(submitted.episodes)
         return Sampled(
             rollouts=rollouts,
-            generate_s=played - submitted.started - environment_s,
-            reward_s=time.monotonic() - played,
-            environment_s=environment_s,
+            generate_s=played.at - submitted.started - played.environment_s,
+            reward_s=time.monotonic() - began,
+            environment_s=played.environment_s,
             num_prompts=len({episode.group_id for episode in submitted.episodes}),
             num_tokens=tokens_of(rollouts),
         )
 
-    def _begin(self, waiting: deque[Episode], *, room: int) -> list[Episode]:
-        """The next of those that wait, of which none has failed: as many as there is room for."""
-        begun: list[Episode] = []
-        while waiting and room > len(begun):
-            some = [waiting.popleft() for _ in range(min(room - len(begun), len(waiting)))]
-            starts = self.environment.begin([(episode.prompt.columns, episode.world) for episode in some])
-            for episode, start in zip(some, starts, strict=True):
-                if isinstance(start, Failure):
-                    episode.failure = start
-                else:
-                    episode.worker, opening = start
-                    self._open(episode, opening)
-            begun += [episode for episode in some if not episode.is_over]
-        return begun
+    def _play_aside(self, playing: Future[Played], episodes: Sequence[Episode], sampling: SamplingSpec) -> None:
+        """A thread."""
+        try:
+            playing.set_result(self._play(episodes, sampling))
+        except Exception as error:  # raised again where the episodes are collected
+            playing.set_exception(error)
+
+    def _play(self, episodes: Sequence[Episode], sampling: SamplingSpec) -> Played:
+        """All to their ends. Where engines take samples one by one, each goes on as soon as its own turn is answered; else they
+        take their turns together, so that timing changes nothing."""
+        places = {episode.sample_id: place for place, episode in enumerate(episodes)}
+        environment_s = 0.0
+        with self.environment.calls() as calls:
+            play = Play(waiting=deque(episodes), calls=calls, sampling=sampling)
+            for _ in range(min(len(episodes), self.settings.max_episodes_at_once)):
+                self._begin(play)
+            while calls or play.waves:
+                began, is_alone = time.monotonic(), not play.waves
+                if calls:
+                    calls.poll(math.inf if is_alone else PATIENCE_S)
+                if is_alone:
+                    environment_s += time.monotonic() - began
+                if calls and not self.engines.takes_singly:
+                    continue
+                play.ready.sort(key=lambda episode: places[episode.sample_id])  # and not as they were answered
+                play.waves += self._ask(play.ready, sampling)
+                play.ready = []
+                if play.waves and (not calls or play.has_heard):
+                    for episode in self._hear(play.waves):
+                        assert episode.worker is not None  # it has not failed
+                        action = str(episode.transcript[-1]["content"])
+                        calls.step(episode.worker, action, partial(self._answered, play, episode))
+        return Played(time.monotonic(), environment_s)
+
+    def _begin(self, play: Play) -> None:
+        """The next of those that wait."""
+        if play.waiting:
+            episode = play.waiting.popleft()
+            play.calls.begin(episode.prompt.columns, episode.world, partial(self._begun, play, episode))
+
+    def _begun(self, play: Play, episode: Episode, start: tuple[EpisodeWorker, str] | Failure) -> None:
+        if isinstance(start, Failure):
+            episode.failure = start
+        else:
+            episode.worker, opening = start
+            self._open(episode, opening)
+        self._go_on(play, episode)
+
+    def _answered(self, play: Play, episode: Episode, step: Step | Failure) -> None:
+        self._follow(episode, step, play.sampling.max_tokens)
+        self._go_on(play, episode)
+
+    def _go_on(self, play: Play, episode: Episode) -> None:
+        """To its next turn, or to its end, which is worth what its environment says where it was cut off."""
+        if not episode.is_over:
+            play.ready.append(episode)
+        elif episode.worker is not None and episode.finish_reason is FinishReason.length and self.environment.scores_cut:
+            play.calls.cut(episode.worker, partial(self._appraised, play, episode))
+        else:
+            self._end(play, episode)
+
+    def _appraised(self, play: Play, episode: Episode, reward: float | Failure) -> None:
+        if isinstance(reward, Failure):
+            episode.worker, episode.failure = None, reward
+        else:
+            episode.earn(reward)
+        self._end(play, episode)
+
+    def _end(self, play: Play, episode: Episode) -> None:
+        """There is room for another."""
+        if episode.worker is not None:
+            self._leave(episode)
+        self._begin(play)
 
     def _open(self, episode: Episode, opening: str) -> None:
         """What the environment says at the start is part of the prompt: in chat, of its last message."""
@@ -189,13 +268,6 @@ class EpisodeSampler(Sampler):
                 episode.hear(completion, self.history.text(completion.response_ids.tolist()))
         return [episode for episodes, _ in back for episode in episodes]
 
-    def _step(self, episodes: Sequence[Episode]) -> list[Step | Failure]:
-        actions = []
-        for episode in episodes:
-            assert episode.worker is not None  # it has not failed
-            actions.append((episode.worker, str(episode.transcript[-1]["content"])))
-        return self.environment.step(actions)
-
     def _follow(self, episode: Episode, step: Step | Failure, max_tokens: int) -> None:
         """What an answer makes of the episode: its end, or tokens that the policy reads before its next turn."""
         if isinstance(step, Failure):
@@ -219,20 +291,6 @@ class EpisodeSampler(Sampler):
             episode.finish_reason = FinishReason.length
         else:
             episode.tell(behind, text, role=self.settings.observation_role.value, is_cut=is_cut)
-
-    def _close(self, episodes: Sequence[Episode]) -> None:
-        """Leave the workers of those that are over. What was cut off is worth what its environment says."""
-        over = [(episode, episode.worker) for episode in episodes if episode.is_over and episode.worker is not None]
-        if self.environment.scores_cut:
-            cut = [(episode, worker) for episode, worker in over if episode.finish_reason is FinishReason.length]
-            for (episode, _), reward in zip(cut, self.environment.cut([worker for _, worker in cut]), strict=True):
-                if isinstance(reward, Failure):
-                    episode.worker, episode.failure = None, reward
-                else:
-                    episode.earn(reward)
-        for episode, _ in over:
-            if episode.worker is not None:
-                self._leave(episode)
 
     def _leave(self, episode: Episode) -> None:
         assert episode.worker is not None  # it is over once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from rlkit.errors import ConfigError, DataError, RewardError
 from rlkit.types import Completion, FinishReason, Origin, Prompt, RewardResult, RewardStatus, SampleRequest, SamplingSpec
 
 ENVIRONMENT = '''
-import random, time
+import os, random, time
 
 class Counts:
     """Answers each turn with its number; 'stop' ends the episode; a turn that says so earns what it says."""
@@ -37,6 +38,17 @@ class Counts:
         if action == "break": raise OSError("no connection")
         reward = float(action.split("$")[1]) if "$" in action else 0.0
         return (f"<{self.turn}>" if action != "long" else "y" * 50), reward, action == "stop"
+
+class Waits(Counts):
+    """Until a file is there: in the turn that says so, or at its start."""
+    def reset(self, row, seed):
+        if row.get("wait"): self.wait()
+        return super().reset(row, seed)
+    def step(self, action):
+        if action == "wait": self.wait()
+        return super().step(action)
+    def wait(self):
+        while not os.path.exists("go"): time.sleep(0.01)
 
 class Appraises(Counts):
     """Says what an episode that was cut off is worth."""
@@ -109,6 +121,19 @@ def stage(tmp_path, monkeypatch, chat_tokenizer):
     yield build
     for environment in opened:
         environment.__exit__(None, None, None)
+
+
+def take_singly(made: Any) -> None:
+    """As with max_staleness > 0: each turn comes back by itself, here at once."""
+    made.engines.takes_singly, changed = True, threading.Condition()
+
+    def generate(requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Ticket:
+        made.engines.waves.append(list(requests))
+        ticket = Ticket([request.sample_id for request in requests], changed)
+        ticket.done = {request.sample_id: made.engines.answer(request) for request in requests}
+        return ticket
+
+    made.engines.generate = generate
 
 
 def prompt(stage: Any, text: str = "Go:", *, chat: bool = False, id: str = "p", **columns: Any) -> Prompt:
@@ -262,24 +287,81 @@ def test_no_more_episodes_run_at_once_than_may_and_all_come_back_in_order(stage,
         "environment.max_episodes_at_once=5",
     )
     if singly:
-        import threading
-
-        from rlkit.controller.dispatch import Ticket
-
-        made.engines.takes_singly, changed = True, threading.Condition()
-
-        def generate(requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Ticket:
-            made.engines.waves.append(list(requests))
-            ticket = Ticket([request.sample_id for request in requests], changed)
-            ticket.done = {request.sample_id: made.engines.answer(request) for request in requests}
-            return ticket
-
-        made.engines.generate = generate
+        take_singly(made)
     rollouts = play(made, [prompt(made, id=f"p{place}") for place in range(4)], 3).rollouts
     assert [rollout.sample_id for rollout in rollouts] == list(turns)
     assert [int(rollout.turn_index.max()) + 1 for rollout in rollouts] == list(turns.values())
     assert max(map(len, made.engines.waves)) <= (1 if singly else 5)
     assert len(made.sampler.environment.worker_pids) == 5
+
+
+WAITS = ("environment.env=worlds.py:Waits", "environment.timeout_s=60", "environment.max_calls_at_once=4")
+
+
+def test_an_episode_whose_turn_takes_long_holds_no_other_up(stage, tmp_path, monkeypatch):
+    others = [f"step-1/0/p/{index}" for index in (1, 2, 3)]
+    made = stage(lambda sample, turn: ("go", "on", "stop")[turn] if sample in others else ("wait", "stop")[turn], *WAITS)
+    take_singly(made)
+    ended: list[str] = []
+    leave = EpisodeSampler._leave
+
+    def watch(sampler: EpisodeSampler, episode: Any) -> None:
+        leave(sampler, episode)
+        ended.append(episode.sample_id)
+        if len(ended) == len(others):
+            (tmp_path / "go").touch()  # only now can the first one's turn end
+
+    monkeypatch.setattr(EpisodeSampler, "_leave", watch)
+    rollouts = play(made, [prompt(made)], 4).rollouts
+    assert [rollout.status for rollout in rollouts] == [RewardStatus.ok] * 4
+    assert (sorted(ended[:3]), ended[3]) == (others, "step-1/0/p/0")
+    assert [rollout.sample_id for rollout in rollouts] == ["step-1/0/p/0", *others]
+
+
+def test_one_that_is_killed_at_its_limit_was_nobodys_concern_until_then(stage, monkeypatch):
+    made = stage(
+        lambda sample, turn: "hang" if sample.endswith("0") else ("go", "stop")[turn], "environment.timeout_s=10", WAITS[2]
+    )
+    take_singly(made)
+    ended: list[str] = []
+    pool = made.sampler.environment
+    end, drop = pool.end, pool._drop
+    monkeypatch.setattr(pool, "end", lambda worker: (end(worker), ended.append("by itself")))
+    monkeypatch.setattr(pool, "_drop", lambda worker: (drop(worker), ended.append("killed")))
+    assert [rollout.status for rollout in play(made, [prompt(made)], 4).rollouts] == [RewardStatus.timeout] + [RewardStatus.ok] * 3
+    assert ended == ["by itself"] * 3 + ["killed"]
+
+
+def test_whoever_submits_episodes_while_others_are_played_waits_for_no_reset(stage, tmp_path):
+    made = stage(lambda sample, turn: "stop", *WAITS)
+    take_singly(made)
+    sampling = SamplingSpec(max_tokens=200, stop_token_ids=(STOP,))
+    submitted = made.sampler.submit("step-1", [prompt(made, wait=True)], 2, sampling)
+    (tmp_path / "go").touch()
+    assert [rollout.status for rollout in made.sampler.collect(submitted).rollouts] == [RewardStatus.ok] * 2
+
+
+def test_what_breaks_while_episodes_are_played_aside_is_raised_where_they_are_collected(stage):
+    made = stage(lambda sample, turn: "stop")
+    take_singly(made)
+    submitted = made.sampler.submit("step-1", [prompt(made, day={1})], 1, SamplingSpec(max_tokens=200, stop_token_ids=()))
+    with pytest.raises(DataError, match="A row of the data holds a set"):
+        made.sampler.collect(submitted)
+
+
+def test_episodes_are_the_same_whether_they_take_their_turns_together_or_each_by_itself(stage):
+    def script(sample: str, turn: int) -> str:
+        return "stop" if turn == (ord(sample[-1]) + ord(sample[-3])) % 3 else f"${turn}.5"
+
+    def played(*singly: bool) -> list[Any]:
+        made = stage(script, "environment.max_episodes_at_once=3", "environment.options={opening: true}")
+        if singly:
+            take_singly(made)
+        rollouts = play(made, [prompt(made, id="p"), prompt(made, id="q")], 4).rollouts
+        seeds = {request.sample_id: request.seed for wave in made.engines.waves for request in wave}
+        return [seeds, *((each.sample_id, each.prompt_ids, each.response_ids.tolist(), each.reward) for each in rollouts)]
+
+    assert played() == played() == played(True) == played(True)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from rlkit.data.environments.calls import EpisodeWorker, Failure
 from rlkit.data.environments.history import Continuation
-from rlkit.data.environments.pool import EpisodeWorker, Failure
 from rlkit.errors import DataError
 from rlkit.types import Completion, FinishReason, Origin, Prompt, RewardResult, Rollout, judgement
 

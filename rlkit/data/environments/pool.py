@@ -6,50 +6,28 @@ import errno
 import json
 import os
 import resource
-import selectors
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlkit.data.environments.calls import MAX_ANSWER, Calls, EpisodeWorker, Failure
 from rlkit.data.environments.protocol import Step
 from rlkit.data.processes.budget import ErrorBudget
-from rlkit.data.processes.channel import Channel, Unsendable, plain
-from rlkit.data.processes.user_code import locate, memory_mib
+from rlkit.data.processes.channel import Channel
+from rlkit.data.processes.user_code import locate
 from rlkit.data.sandbox.run import UNSAFE
-from rlkit.errors import ConfigError, DataError, ResourceError, RewardError
+from rlkit.errors import ConfigError, ResourceError, RewardError
 from rlkit.settings import GuessingGame, MultiTurn, PythonEnvironment, ToolEnvironment, VerifiersEnvironment
-from rlkit.types import RewardStatus
 
-POLL_S = 0.25  # how often a silent worker's memory is looked at
-MAX_ANSWER = 16 << 20  # bytes: what is longer would be cut to a few thousand
 OTHER_FILES = 512  # that a run may open beside those that it has open when it opens its environment
 EPISODES_PER_WORKER = 1000  # then it makes room for a fresh one
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
-    """Why an episode ended without an answer; the policy had no part in it."""
-
-    status: RewardStatus  # timeout or error
-    message: str
-
-
-@dataclass(eq=False, slots=True)
-class EpisodeWorker:
-    """The process in which an episode runs."""
-
-    pid: int
-    channel: Channel
-    num_episodes: int = field(default=0)
 
 
 class EnvironmentPool:
@@ -119,28 +97,30 @@ class EnvironmentPool:
         with self._lock:
             return [worker.pid for worker in (*self._idle, *self._busy)]
 
-    def begin(self, starts: Sequence[tuple[Mapping[str, Any], int]]) -> list[tuple[EpisodeWorker, str] | Failure]:
-        """New episodes, each of a row and a seed: its worker, and what the policy reads behind its prompt.
+    def calls(self) -> Calls:
+        """To call its episodes, new ones and old ones, in one thread. Close it."""
+        return Calls(self._settings, name=self.name, at_once=self._at_once, take=self._worker, drop=self._drop)
 
-        Raises DataError for a row that cannot be sent, or where `reset` breaks its contract.
-        """
-        messages = [{"reset": _sent(row), "seed": seed} for row, seed in starts]
-        workers = [self._worker() for _ in messages]
-        answers = self._exchange([*zip(workers, messages, strict=True)])
-        return [
-            answer if isinstance(answer, Failure) else (worker, answer["observation"])
-            for worker, answer in zip(workers, answers, strict=True)
-        ]
+    def begin(self, starts: Sequence[tuple[Mapping[str, Any], int]]) -> list[tuple[EpisodeWorker, str] | Failure]:
+        """All of them, each of a row and a seed. See `Calls.begin`."""
+        return self._all(starts, lambda calls, start, then: calls.begin(start[0], start[1], then))
 
     def step(self, actions: Sequence[tuple[EpisodeWorker, str]]) -> list[Step | Failure]:
-        """What follows these turns of the policy, in their order. A worker whose answer is a Failure is gone."""
-        answers = self._exchange([(worker, {"step": action}) for worker, action in actions])
-        return [answer if isinstance(answer, Failure) else Step(**answer) for answer in answers]
+        """All of them, in their order. See `Calls.step`."""
+        return self._all(actions, lambda calls, action, then: calls.step(action[0], action[1], then))
 
     def cut(self, workers: Sequence[EpisodeWorker]) -> list[float | Failure]:
-        """What these episodes, which end for want of tokens or turns, are worth beside what they have earned."""
-        answers = self._exchange([(worker, {"cut": True}) for worker in workers])
-        return [answer if isinstance(answer, Failure) else answer["reward"] for answer in answers]
+        """All of them, in their order. See `Calls.cut`."""
+        return self._all(workers, lambda calls, worker, then: calls.cut(worker, then))
+
+    def _all(self, given: Sequence[Any], call: Callable[[Calls, Any, Callable[[Any], None]], None]) -> list[Any]:
+        answers: list[Any] = [None] * len(given)
+        with self.calls() as calls:
+            for place, each in enumerate(given):
+                call(calls, each, partial(answers.__setitem__, place))
+            while calls:
+                calls.poll()
+        return answers
 
     def end(self, worker: EpisodeWorker) -> None:
         """Its episode is over."""
@@ -246,83 +226,6 @@ class EnvironmentPool:
             )
         return json.loads(said)
 
-    def _exchange(self, calls: Sequence[tuple[EpisodeWorker, dict[str, Any]]]) -> list[dict[str, Any] | Failure]:
-        """The answers, in the order of the calls; of these `max_calls_at_once` are under way, and the clock of each starts when
-        it is sent."""
-        answers: list[dict[str, Any] | Failure] = [{} for _ in calls]
-        waiting = deque(range(len(calls)))
-        deadlines: dict[int, float] = {}  # of the calls under way
-        look_at = 0.0  # when their processes' memory is looked at again
-        with selectors.DefaultSelector() as selector:
-
-            def settle(index: int, answer: dict[str, Any] | Failure) -> None:
-                worker = calls[index][0]
-                answers[index] = answer
-                if index in deadlines:
-                    selector.unregister(worker.channel)
-                    del deadlines[index]
-                if isinstance(answer, Failure):
-                    self._drop(worker)
-
-            while waiting or deadlines:
-                while waiting and len(deadlines) < self._at_once:
-                    index = waiting.popleft()
-                    worker, message = calls[index]
-                    try:
-                        worker.channel.send(message, timeout_s=self._settings.timeout_s)
-                    except TimeoutError:
-                        settle(index, self._late())
-                    except OSError:
-                        settle(index, Failure(status=RewardStatus.error, message="its process ended between two turns"))
-                    else:
-                        selector.register(worker.channel, selectors.EVENT_READ, index)
-                        deadlines[index] = time.monotonic() + self._settings.timeout_s
-                if not deadlines:
-                    continue
-                wait_s = min(min(deadlines.values()) - time.monotonic(), POLL_S)
-                for key, _ in selector.select(max(wait_s, 0.0)):
-                    if (answer := self._receive(calls[key.data][0])) is not None:
-                        settle(key.data, answer)
-                now = time.monotonic()
-                for index in [index for index, deadline in deadlines.items() if deadline <= now]:
-                    settle(index, self._late())
-                if now < look_at:
-                    continue
-                look_at = now + POLL_S
-                for index in [*deadlines]:
-                    if (mib := memory_mib(calls[index][0].pid)) > self._settings.max_worker_mib:
-                        settle(index, self._grown(mib))
-        return answers
-
-    def _grown(self, mib: float) -> Failure:
-        limit = f"grew to {mib:.0f} MiB, above environment.max_worker_mib={self._settings.max_worker_mib}"
-        return Failure(status=RewardStatus.error, message=limit)
-
-    def _late(self) -> Failure:
-        limit = f"no answer within environment.timeout_s={self._settings.timeout_s:g}; its process was killed"
-        return Failure(status=RewardStatus.timeout, message=limit)
-
-    def _receive(self, worker: EpisodeWorker) -> dict[str, Any] | Failure | None:
-        """None: not all of it is there yet. Raises DataError for an answer that breaks the contract, ConfigError for a setting that
-        only shows to be wrong now."""
-        try:
-            answer = worker.channel.receive(timeout_s=0.001)
-        except TimeoutError:
-            return None
-        except OverflowError:
-            return Failure(status=RewardStatus.error, message=f"its answer has more than {MAX_ANSWER >> 20} MiB")
-        if answer is None:
-            return Failure(status=RewardStatus.error, message="its process ended within a turn")
-        if (mib := memory_mib(worker.pid)) > self._settings.max_worker_mib:
-            return self._grown(mib)
-        if "config_error" in answer:
-            raise ConfigError(answer["config_error"])
-        if "contract" in answer:
-            raise DataError(f"{self.name}: {answer['contract']}. Fix what it returns.")
-        if "error" in answer:
-            return Failure(status=RewardStatus.error, message=answer["error"]["summary"])
-        return answer
-
     def _drop(self, worker: EpisodeWorker) -> None:
         """Of an episode that failed: whatever state it is in, nobody shall have it."""
         with self._lock:
@@ -363,13 +266,6 @@ def made_of(settings: MultiTurn) -> Made:
             raise ConfigError(
                 f"environment={type(settings).__name__}: rlkit/data/environments/pool.py knows no class for it. Add it."
             )
-
-
-def _sent(row: Mapping[str, Any]) -> Any:
-    try:
-        return plain(dict(row))
-    except Unsendable as kind:
-        raise DataError(f"A row of the data holds {kind}, which cannot be sent to an environment. Store text or numbers.") from None
 
 
 def _make_room(num_episodes: int, num_batches: int) -> None:
