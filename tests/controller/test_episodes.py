@@ -241,7 +241,7 @@ def test_a_long_observation_is_cut_and_counted(stage):
 
 def test_a_failed_episode_has_no_reward_and_the_others_do(stage):
     words = {"step-1/0/p/0": "break", "step-1/0/p/1": "hang"}
-    made = stage(lambda sample, turn: words.get(sample, "stop"), "environment.timeout_s=0.5")
+    made = stage(lambda sample, turn: words.get(sample, "stop"), "environment.timeout_s=3")
     broken, hung, bad, *fine = play(made, [prompt(made), prompt(made, id="q", bad=True), prompt(made, id="r")], 2).rollouts
     assert [(each.status, each.reward) for each in (broken, hung, bad)] == [
         (RewardStatus.error, None),

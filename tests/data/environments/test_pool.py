@@ -134,7 +134,7 @@ def test_an_episode_that_hangs_is_killed_alone(open_pool, action):
     workers = begin(pool, 4)
     started = time.monotonic()
     steps = pool.step([(worker, action if number == 2 else "go") for number, worker in enumerate(workers)])
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20  # and not the 100 that some of them sleep
     assert [step.observation for step in steps if not isinstance(step, Failure)] == ["go"] * 3
     assert steps[2] == Failure(
         status=RewardStatus.timeout, message="no answer within environment.timeout_s=1; its process was killed"
@@ -207,13 +207,13 @@ def test_a_set_has_the_same_order_in_every_run(open_pool):
     assert len(said) == 1
 
 
-def test_a_worker_that_died_while_it_was_idle_costs_no_episode(open_pool):
+def test_a_worker_that_died_while_it_was_idle_costs_no_episode(open_pool, wait_until):
     pool = open_pool()
     one, other = begin(pool, 2)
     pool.end(one)
     pool.end(other)
     os.kill(other.pid, signal.SIGKILL)
-    time.sleep(0.1)
+    assert wait_until(lambda: not running(other.pid))
     assert len(begin(pool, 2)) == 2
     assert not Path(f"/proc/{other.pid}").exists()
 
@@ -316,12 +316,12 @@ def alive(pids: list[int]) -> list[int]:
 
 
 def test_after_many_failures_nothing_is_left_and_room_is_as_before(open_pool):
-    pool = open_pool(timeout_s=0.2, max_calls_at_once=16)
+    pool = open_pool(timeout_s=2.0, max_calls_at_once=4)
     [worker] = begin(pool)
     pool.end(worker)
     before = len(os.listdir("/proc/self/fd"))
     seen: set[int] = set()
-    for _ in range(5):
+    for _ in range(2):
         workers = begin(pool, 32)
         seen |= {worker.pid for worker in workers}
         steps = pool.step([(worker, ("spin", "exit", "raise", "go")[number % 4]) for number, worker in enumerate(workers)])
@@ -338,7 +338,7 @@ def test_after_many_failures_nothing_is_left_and_room_is_as_before(open_pool):
     assert len(os.listdir("/proc/self/fd")) == before - 2  # with that of the process they were forked from
 
 
-def test_everything_goes_with_the_process_that_trains(tmp_path):
+def test_everything_goes_with_the_process_that_trains(tmp_path, wait_until):
     (tmp_path / "worlds.py").write_text(ENVIRONMENTS)
     code = (
         "import json, time\nfrom pathlib import Path\nfrom rlkit.data.environments.pool import EnvironmentPool\n"
@@ -353,11 +353,7 @@ def test_everything_goes_with_the_process_that_trains(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    end = time.monotonic() + 5
-
-    while any(map(running, pids)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not [pid for pid in pids if running(pid)]
+    assert wait_until(lambda: not any(map(running, pids)))
 
 
 def limited(tmp_path: Path, soft: int, hard: int, *lines: str) -> subprocess.CompletedProcess:
@@ -376,21 +372,34 @@ def limited(tmp_path: Path, soft: int, hard: int, *lines: str) -> subprocess.Com
 
 
 def test_more_episodes_than_there_may_be_files_are_refused_at_the_start(tmp_path):
-    opened = "EnvironmentPool(settings, base_dir=Path('.'), num_episodes={}, num_batches={})"
-    refused = limited(tmp_path, 200, 700, opened.format(300, 3)).stderr.splitlines()[-1]
-    found = re.search(
-        r"ResourceError: 300 episodes may be under way at once, .* that is (\d+); this process may open 700 \(ulimit -Hn\). "
-        r"Have its limit raised \(ulimit -n (\d+)\), or write environment.max_episodes_at_once=(\d+) or a lower max_staleness.$",
+    said = limited(
+        tmp_path,
+        200,
+        700,
+        "from rlkit.errors import ResourceError",
+        "def refused(num_episodes, num_batches):",
+        "    try: EnvironmentPool(settings, base_dir=Path('.'), num_episodes=num_episodes, num_batches=num_batches).close()",
+        "    except ResourceError as error: return str(error)",
+        "print(refused(300, 3))",
+        "print(all(refused(3 * each, 3) for each in range(64, 100)), refused(3 * 20, 3))",
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))",
+        "print(refused(10, 1))",
+    )
+    assert not said.returncode, said.stderr
+    refused, others, alone = said.stdout.splitlines()
+    found = re.fullmatch(
+        r"300 episodes may be under way at once, .* that is (\d+); this process may open 700 \(ulimit -Hn\). "
+        r"Have its limit raised \(ulimit -n (\d+)\), or write environment.max_episodes_at_once=(\d+) or a lower max_staleness.",
         refused,
     )
     assert found, refused
     needed, written, fitting = map(int, found.groups())
     assert needed == written
     assert 3 * fitting <= 700 - (needed - 300) < 3 * (fitting + 1)
-    for hard, count in ((needed, 300), (700, 3 * fitting)):  # what it says to write is enough
-        assert limited(tmp_path, 200, hard, opened.format(count, 3) + ".close()").returncode == 0
-    alone = limited(tmp_path, 200, 200, opened.format(10, 1)).stderr.splitlines()[-1]
+    assert others == "True None"
     assert re.search(r"Have its limit raised \(ulimit -n \d+\).$", alone), alone
+    opened = "EnvironmentPool(settings, base_dir=Path('.'), num_episodes=300, num_batches=3).close()"
+    assert not limited(tmp_path, 200, needed, opened).returncode  # what it says to write is enough
 
 
 def test_as_many_episodes_begin_as_the_limit_is_raised_for(tmp_path):
