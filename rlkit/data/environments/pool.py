@@ -8,8 +8,6 @@ import os
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -21,8 +19,8 @@ from rlkit.data.environments.calls import MAX_ANSWER, Calls, EpisodeWorker, Fail
 from rlkit.data.environments.protocol import Step
 from rlkit.data.processes.budget import ErrorBudget
 from rlkit.data.processes.channel import Channel
+from rlkit.data.processes.start import start
 from rlkit.data.processes.user_code import locate
-from rlkit.data.sandbox.run import UNSAFE
 from rlkit.errors import ConfigError, ResourceError, RewardError
 from rlkit.settings import GuessingGame, MultiTurn, PythonEnvironment, ToolEnvironment, VerifiersEnvironment
 
@@ -65,23 +63,13 @@ class EnvironmentPool:
         self._idle: list[EpisodeWorker] = []
         self._busy: set[EpisodeWorker] = set()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arguments = [str(theirs.fileno()), str(os.getpid()), made.entry, str(base_dir), json.dumps(made.options)]
         with theirs:
-            self._process = subprocess.Popen(
-                # -P: a json.py in base_dir must not stand in for Python's own.
-                [sys.executable, "-P", "-m", "rlkit.data.environments.worker", *arguments],
-                cwd=base_dir,
-                # The cores belong to the engine and the learner; and a set of texts has one order in every run.
-                env={
-                    "OMP_NUM_THREADS": "1",
-                    "PYTHONHASHSEED": "0",
-                    **os.environ,
-                    UNSAFE: "1" if settings.unsafe_allow_unsandboxed else "0",
-                },
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what it prints is for people to see, and standard output may be a program's input
-                start_new_session=True,
+            self._process = start(
+                "rlkit.data.environments.worker",
+                [made.entry, str(base_dir), json.dumps(made.options)],
+                base_dir=base_dir,
+                channel=theirs,
+                unsandboxed=settings.unsafe_allow_unsandboxed,
             )
         try:
             hello = self._hello()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.data.processes.channel import Channel
+from rlkit.data.processes.start import start
 from rlkit.data.processes.user_code import memory_mib
 from rlkit.data.rewards.signatures import RewardSignature
-from rlkit.data.sandbox.run import UNSAFE
 from rlkit.errors import ConfigError, RewardError
 
 POLL_S = 0.25  # how often a silent worker is looked after: is it alive, does other work wait behind a slow call
@@ -49,18 +47,10 @@ class WorkerProcess:
         """
         self._name, self._max_mib, self._start_limit_s = name, max_mib, start_limit_s
         ours, theirs = socket.socketpair()
-        # -P: a json.py in base_dir must not stand in for Python's own.
-        command = [sys.executable, "-P", "-m", "rlkit.data.rewards.worker"]
+        arguments = [name, str(base_dir), convention]
         with theirs:
-            self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(os.getpid()), name, str(base_dir), convention],
-                cwd=base_dir,
-                # The cores belong to the engine and the learner.
-                env={"OMP_NUM_THREADS": "1", **os.environ, UNSAFE: "1" if unsandboxed else "0"},
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what the function prints is for people to see, and standard output may be a program's input
-                start_new_session=True,
+            self._process = start(
+                "rlkit.data.rewards.worker", arguments, base_dir=base_dir, channel=theirs, unsandboxed=unsandboxed
             )
         self._channel = Channel(ours)
         self._reaping = threading.Lock()

@@ -179,6 +179,11 @@ def test_cheap_calls_run_by_the_thousand_per_second(open_pool, monkeypatch):
     assert len(sizes) < len(items) / 8  # messages
 
 
+def test_a_set_has_the_same_order_in_every_run(open_pool):
+    [first, second] = [open_pool().score(make_items("return hash('alpha')%100003"))[0].reward for _ in range(2)]
+    assert first == second
+
+
 def test_a_worker_starts_without_torch():
     code = "import sys, rlkit.data.rewards.worker; print('torch' in sys.modules, 'omegaconf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
