@@ -295,6 +295,7 @@ def rehearse(config: RunConfig) -> None:
     from rlkit.data.models.loading import load_tokenizer, num_parameters, resolve
     from rlkit.data.models.lora import num_adapter_parameters
     from rlkit.data.models.reference import check_reference, held_models
+    from rlkit.data.rewards.weighted import check_sources
     from rlkit.schedule import schedule
     from rlkit.settings import LoraLearner
 
@@ -308,6 +309,7 @@ def rehearse(config: RunConfig) -> None:
     base_dir, nobody = Path.cwd(), InProcessCluster()  # of which no worker is asked for
     with open_rewards(config, nobody, base_dir=base_dir) as rewards, open_environment(config, base_dir=base_dir) as environment:
         prompts = read_prompts(config, tokenizer, rewards, environment)
+    check_sources(config.reward, [*prompts.train, *prompts.held_out])
     print(f"{len(prompts.train):,} prompts to train on, {len(prompts.held_out):,} held out. Nothing was started: dry_run=true.")
 
 

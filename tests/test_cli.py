@@ -214,6 +214,22 @@ def test_a_dry_run_checks_everything_and_starts_nothing(
     assert list(in_folder.iterdir()) == []
 
 
+def test_a_dry_run_and_a_run_refuse_a_source_that_no_prompt_is_of(
+    in_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    rows = [{"prompt": f"{number}+1=", "answer": "2", "kind": ("math", "chat")[number % 2]} for number in range(20)]
+    (in_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = ["reward=weighted", "reward.fns={right:exact_match,form:format}", "reward.num_workers=1"]
+    data = ["experiment=none", "model=tiny", "data=jsonl", "data.path=rows.jsonl", "data.source_column=kind"]
+    small = ["cluster=inprocess", "rollout=transformers", "max_prompt_tokens=24", "max_response_tokens=8", "run_dir=run"]
+    run = ["train", *data, *parts, *small]
+    for start in (["dry_run=true"], []):
+        assert call(*run, "reward.sources={form:[caht]}", *start) == 2
+        assert "error: reward.sources.form: no prompt is of the source caht." in capsys.readouterr().err
+        assert not (in_folder / "run").exists()
+    assert call(*run, "reward.sources={form:[chat]}", "dry_run=true") == 0
+
+
 def test_a_pair_that_is_none_is_named_before_a_reward_model_is_fitted(in_folder: Path, capsys: pytest.CaptureFixture[str]):
     (in_folder / "pairs.jsonl").write_text('{"prompt": "1:", "chosen": "2"}\n')
     assert call("reward", "fit", "--data", "pairs.jsonl", "--model", "tiny", "--out", "fitted") == 2

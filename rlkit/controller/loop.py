@@ -71,6 +71,7 @@ from rlkit.data.models.lora import adapted_shapes
 from rlkit.data.models.reference import check_reference
 from rlkit.data.order import order_of
 from rlkit.data.prompts import PromptSet
+from rlkit.data.rewards.weighted import check_sources
 from rlkit.errors import ConfigError, Preempted, ResourceError, RlkitError, WorkerError
 from rlkit.metrics import Metric, merge, values
 from rlkit.settings import ExistingRay, HeldOut, LoraLearner, Placement
@@ -110,6 +111,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         rewards = stack.enter_context(open_rewards(config, cluster, base_dir=Path.cwd()))
         environment = stack.enter_context(open_environment(config, base_dir=Path.cwd()))
         prompts = read_prompts(config, tokenizer, rewards, environment)
+        check_sources(config.reward, [*prompts.train, *prompts.held_out])
         fingerprint = prompts.fingerprint()
         found, passed_over = newest_valid(run_dir) if resume else (None, [])
         progress = Progress.start(config)

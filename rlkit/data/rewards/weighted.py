@@ -6,7 +6,7 @@ pools of this machine's processes; reward models live where the run's workers do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,6 +83,19 @@ def open_functions(settings: RewardChoice, *, base_dir: Path, models: Mapping[st
             raise ConfigError(f"reward={type(settings).__name__}: rlkit/data/rewards/weighted.py cannot open it. Add it there.")
 
 
+def check_sources(settings: RewardChoice, prompts: Iterable[Prompt]) -> None:
+    """Raises ConfigError where `reward.sources` names a source that no prompt is of: its function would silently not judge it."""
+    if not isinstance(settings, WeightedRewards):
+        return
+    sources = dict.fromkeys(prompt.source for prompt in prompts)
+    for name, judged in settings.sources.items():
+        if (stranger := next((source for source in judged if source not in sources), None)) is not None:
+            raise ConfigError(
+                f"reward.sources.{name}: no prompt is of the source {stranger}. The sources are {', '.join(sources)}; "
+                "data.source_column says which column they come from, and without one it is the name of the data."
+            )
+
+
 class NoFunction:
     """Implements `Rewards` where the environment gives all that there is."""
 
@@ -127,13 +140,6 @@ class WeightedPools:
         return next((column for pool in judges if (column := pool.missing(source, columns)) is not None), None)
 
     def start(self, prompts: Sequence[Prompt]) -> None:
-        sources = dict.fromkeys(prompt.source for prompt in prompts)
-        for name, judged in self._settings.sources.items():
-            if unknown := [source for source in judged if source not in sources]:
-                raise ConfigError(
-                    f"reward.sources.{name}: no prompt is of the source {unknown[0]}, so it would judge nothing of it. The sources "
-                    f"are {', '.join(sources)}."
-                )
         for name, pool in self._pools.items():
             pool.start([prompt for prompt in prompts if self._judges(name, prompt.source)])
 

@@ -1,7 +1,7 @@
 import pytest
 
 from rlkit.data.rewards.pool import RewardItem
-from rlkit.data.rewards.weighted import open_functions
+from rlkit.data.rewards.weighted import check_sources, open_functions
 from rlkit.errors import ConfigError
 from rlkit.settings import Reward, WeightedRewards
 from rlkit.types import Prompt, RewardStatus
@@ -56,14 +56,16 @@ def test_a_function_judges_the_sources_it_is_told(opened):
             rewards.missing("chat", {})
 
 
-def test_a_source_that_no_prompt_is_of_is_refused_before_anything_is_scored(opened):
+def test_a_source_that_no_prompt_is_of_is_refused_with_those_that_there_are():
     def prompt(source):
-        return Prompt(id=source, text="", prompt_ids=(1,), source=source, columns={"answer": "2"})
+        return Prompt(id=source, text="", prompt_ids=(1,), source=source, columns={})
 
-    with opened("accuracy", "form", sources={"form": ["math", "caht"]}) as rewards:
-        with pytest.raises(ConfigError, match=r"^reward\.sources\.form: no prompt is of the source caht, .* are math, chat\.$"):
-            rewards.start([prompt("math"), prompt("chat")])
-        rewards.start([prompt("math"), prompt("caht")])
+    settings = WeightedRewards(fns={"right": "exact_match", "form": "format"}, sources={"form": ["math", "caht", "chta"]})
+    message = r"^reward\.sources\.form: no prompt is of the source caht\. The sources are math, chat; data\.source_column "
+    with pytest.raises(ConfigError, match=message):
+        check_sources(settings, [prompt("math"), prompt("chat"), prompt("math")])
+    check_sources(settings, [prompt("math"), prompt("caht"), prompt("chta")])
+    check_sources(Reward(fn="format"), [prompt("math")])
 
 
 def test_a_sample_is_scored_when_all_its_functions_did(opened):
