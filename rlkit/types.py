@@ -113,6 +113,8 @@ class RewardResult:
     components: dict[str, float] = field(default_factory=dict)
     message: str = ""  # the first line of what went wrong, or empty
     statuses: dict[str, RewardStatus] = field(default_factory=dict)  # of its functions, by name, where there are several
+    # Parts of such a function's own value, as function/part. For statistics: components alone share out the reward.
+    subparts: dict[str, float] = field(default_factory=dict)
     # Parts of the reward that are earned before the response ends: (so many characters of it, part). The rest is earned at its end.
     earned: tuple[tuple[int, float], ...] = ()
 
@@ -142,6 +144,7 @@ class Rollout:
     status: RewardStatus
     reward_message: str = ""  # what went wrong, or why it is wrong: the beginning of the result's message
     reward_statuses: dict[str, RewardStatus] = field(default_factory=dict)  # of each function, where there are several
+    reward_subparts: dict[str, float] = field(default_factory=dict)  # parts of components, without weights: for statistics
     ref_version: int | None = None  # of the reference whose log-probs are attached, if any are
     transcript: tuple[dict[str, Any], ...] | None = None  # who said what, where there are turns: role, content, a turn's reward
     num_uses: int = 0  # optimiser steps that have trained on it
@@ -196,7 +199,12 @@ def single_turn_rollout(
 def judgement(result: RewardResult) -> dict[str, Any]:
     """What a rollout keeps of its reward beside the numbers."""
     message = result.message[:MAX_MESSAGE].encode("utf-8", "replace").decode()  # half a surrogate cannot be stored
-    return {"status": result.status, "reward_message": message, "reward_statuses": result.statuses}
+    return {
+        "status": result.status,
+        "reward_message": message,
+        "reward_statuses": result.statuses,
+        "reward_subparts": result.subparts,
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

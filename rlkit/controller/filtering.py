@@ -31,7 +31,7 @@ def trainable(rollouts: Sequence[Rollout], *, at_least: int) -> tuple[list[Rollo
 def rollout_metrics(
     sampled: Sampled, kept: Sequence[Rollout], dropped: Counter[str], weights: Mapping[str, float]
 ) -> dict[str, float]:
-    """What the rollouts say before anything is learnt from them. `weights`: of the reward's parts, 1 for one that is not there."""
+    """What the rollouts say before anything is learnt from them. `weights`: of the functions, where there are several."""
     rollouts = sampled.rollouts
     lengths = np.array([rollout.num_sampled for rollout in rollouts], dtype=float)
     metrics = {
@@ -59,20 +59,27 @@ def rollout_metrics(
 
 
 def reward_metrics(rollouts: Sequence[Rollout], weights: Mapping[str, float]) -> dict[str, float]:
-    """How many rewards of each status there are, of each function where there are several; and each part's value, without its
-    weight, over all samples that have it, also where another function failed."""
+    """How many rewards of each status there are, of each function where there are several; for how many of its samples a function
+    gave a reward; and each part's value, without its weight, over all samples that have it, also where another function failed.
+
+    `weights` names the functions, so that the counts of one whose source is not drawn are 0 and not absent.
+    """
     statuses = [status for status in RewardStatus if status is not RewardStatus.ok]
     counts = Counter(rollout.status for rollout in rollouts)
     metrics = {f"reward/{status.value}": float(counts[status]) for status in statuses}
-    by_function: dict[str, Counter[RewardStatus]] = {}
+    by_function: dict[str, Counter[RewardStatus]] = {name: Counter() for name in weights}
     parts: dict[str, list[float]] = {}
     for rollout in rollouts:
         for name, status in rollout.reward_statuses.items():
             by_function.setdefault(name, Counter())[status] += 1
         for name, reward in rollout.reward_components.items():
             parts.setdefault(name, []).append(reward / weights.get(name, 1.0))
+        for name, reward in rollout.reward_subparts.items():
+            parts.setdefault(name, []).append(reward)
     for name, found in by_function.items():
         metrics |= {f"reward/{name}/{status.value}": float(found[status]) for status in statuses}
+        if judged := found.total():
+            metrics[f"reward/{name}/scored_fraction"] = len(parts.get(name, ())) / judged
     for name, values in parts.items():
         metrics |= {f"reward/{name}/mean": float(np.mean(values)), f"reward/{name}/std": float(np.std(values))}
     return metrics

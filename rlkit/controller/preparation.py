@@ -72,8 +72,10 @@ def reward_components(config: RunConfig, rollouts: Sequence[Rollout]) -> dict[st
 
 
 def part_weights(config: RunConfig) -> Mapping[str, float]:
-    """Of the reward's named parts, which are stored with them; one that is not there weighs 1."""
-    return config.reward.weights if isinstance(config.reward, WeightedRewards) else {}
+    """Of each function and model where there are several: stored parts have them in them. Any other named part weighs 1."""
+    if not isinstance(reward := config.reward, WeightedRewards):
+        return {}
+    return {name: reward.weights.get(name, 1.0) for name in (*reward.fns, *reward.models)}
 
 
 def sharpened(config: RunConfig, batch: TrainBatch) -> TrainBatch:

@@ -51,6 +51,27 @@ def test_a_parts_mean_is_without_its_weight_and_of_all_that_have_it(rollouts):
     assert metrics["reward/form/std"] == pytest.approx((2 / 9) ** 0.5)
 
 
+def test_a_function_says_for_how_many_of_its_samples_it_gave_a_reward(rollouts):
+    metrics = found(rollouts)
+    assert (metrics["reward/right/scored_fraction"], metrics["reward/form/scored_fraction"]) == (1.0, 0.75)
+
+
+def test_a_function_whose_source_a_step_does_not_draw_has_counts_of_zero_and_no_mean(rollouts):
+    without = [replace(r, reward_components={"right": 1.0}, reward_statuses={"right": ok}) for r in rollouts]
+    metrics = found(without)
+    counts = {name: value for name, value in metrics.items() if name.startswith("reward/form/")}
+    assert counts == dict.fromkeys(
+        (f"reward/form/{status}" for status in ("wrong", "unparsable", "skipped", "timeout", "error")), 0.0
+    )
+
+
+def test_parts_of_parts_are_statistics_and_nothing_else(rollouts):
+    subparts = [replace(r, reward_subparts={"form/box": float(row)}) for row, r in enumerate(rollouts[:2])]
+    metrics = found([*subparts, *rollouts[2:]])
+    assert (metrics["reward/form/box/mean"], metrics["reward/form/box/std"]) == (0.5, 0.5)
+    assert {name: value for name, value in metrics.items() if "/box/" not in name} == found(rollouts)
+
+
 def test_what_was_issued_is_kept_or_dropped(rollouts):
     metrics = found(rollouts)
     assert (metrics["data/issued"], metrics["data/kept"], metrics["data/dropped_failed"]) == (2, 1, 1)

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,6 +221,7 @@ def test_rollouts_are_stored_every_so_many_steps_with_tokens_text_reward_and_adv
         "reward_components": '{"exact": 1.0}',
         "reward_message": "",
         "reward_statuses": "{}",
+        "reward_subparts": "{}",
         "advantage": 0.75,
         "rollout_logprobs": [-0.5, -0.25],
         "policy_version": [4, 4],
@@ -236,6 +238,29 @@ def test_rollouts_without_an_advantage_each_are_an_error(tmp_path):
     with pytest.raises(DataError, match="2 rollouts came with 1 advantages"):
         files.write_rollouts(tmp_path / "step_000001.parquet", [rollout(0), rollout(1)], [0.0])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_reward_said_is_stored_and_read_without_secrets(tmp_path):
+    said = replace(
+        rollout(0),
+        reward_message=f"judge: HTTPError: api_key={CANARY} is over its quota",
+        reward_statuses={"judge": RewardStatus.error, "form": RewardStatus.ok},
+        reward_subparts={"form/box": 0.5},
+    )
+    files.write_rollouts(tmp_path / "new.parquet", [said], [0.0])
+    (back,) = files.read_rollouts(tmp_path / "new.parquet")
+    assert back.reward_message == f"judge: HTTPError: api_key={REDACTED} is over its quota"
+    assert (back.reward_statuses, back.reward_subparts) == (said.reward_statuses, said.reward_subparts)
+    assert CANARY.encode() not in (tmp_path / "new.parquet").read_bytes()
+
+
+def test_rollouts_of_an_earlier_version_are_read_without_the_columns_that_they_lack(tmp_path):
+    files.write_rollouts(tmp_path / "new.parquet", [rollout(0), rollout(1)], [0.0, 0.0])
+    later = ["reward_message", "reward_statuses", "reward_subparts"]
+    pq.write_table(pq.read_table(tmp_path / "new.parquet").drop_columns(later), tmp_path / "old.parquet")
+    new, old = (files.read_rollouts(tmp_path / name) for name in ("new.parquet", "old.parquet"))
+    assert [(each.sample_id, each.reward, each.status) for each in old] == [(e.sample_id, e.reward, e.status) for e in new]
+    assert [(each.reward_message, each.reward_statuses, each.reward_subparts) for each in old] == [("", {}, {})] * 2
 
 
 def test_config_yaml_holds_every_setting_and_no_secret(run):

@@ -22,6 +22,7 @@ import yaml
 
 import rlkit
 from rlkit.config import CHOICES, RunConfig
+from rlkit.controller.tracking.redaction import redact
 from rlkit.errors import ConfigError, DataError
 from rlkit.types import FinishReason, RewardStatus, Rollout
 
@@ -42,6 +43,7 @@ _ROLLOUT_SCHEMA = pa.schema(
         "status": pa.string(),
         "reward_message": pa.string(),
         "reward_statuses": pa.string(),  # a JSON object
+        "reward_subparts": pa.string(),  # a JSON object
         "reward": pa.float64(),
         "reward_components": pa.string(),  # a JSON object: its names differ between rewards
         "advantage": pa.float64(),
@@ -159,7 +161,11 @@ def read_rollouts(path: Path) -> list[Rollout]:
     parts: dict[str, list[Rollout]] = {}  # by the sample_id of the rollout they are parts of
     for stored in pq.read_table(path).to_pylist():
         known = {name: stored[name] for name in _ROLLOUT_SCHEMA.names if name in stored}
-        row: dict[str, Any] = {"reward_message": "", "reward_statuses": "{}"} | known  # which older files lack
+        row: dict[str, Any] = {
+            "reward_message": "",
+            "reward_statuses": "{}",
+            "reward_subparts": "{}",
+        } | known  # which older files lack
         del row["advantage"]
         part_of = row.pop("part_of")
         arrays: dict[str, Any] = {name: np.array(row[name], dtype=dtype) for name, dtype in _ARRAYS.items()}
@@ -172,6 +178,7 @@ def read_rollouts(path: Path) -> list[Rollout]:
                 "status": RewardStatus[row["status"]],
                 "reward_components": json.loads(row["reward_components"]),
                 "reward_statuses": {name: RewardStatus[each] for name, each in json.loads(row["reward_statuses"]).items()},
+                "reward_subparts": json.loads(row["reward_subparts"]),
                 "transcript": None if row["transcript"] is None else tuple(json.loads(row["transcript"])),
                 "parts": tuple(parts.get(row["sample_id"], ())),
             }
@@ -211,6 +218,8 @@ def _row(rollout: Rollout, advantage: float, *, part_of: str | None = None) -> d
         "status": rollout.status.name,
         "reward_components": json.dumps(rollout.reward_components),
         "reward_statuses": json.dumps({name: status.name for name, status in rollout.reward_statuses.items()}),
+        "reward_message": redact(rollout.reward_message) if rollout.reward_message else "",
+        "reward_subparts": json.dumps(rollout.reward_subparts),
         "transcript": None if rollout.transcript is None else json.dumps(rollout.transcript),
         "advantage": advantage if math.isfinite(advantage) else None,
     }

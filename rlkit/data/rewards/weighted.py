@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlkit.data.rewards.parts import with_all_parts
 from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.data.rewards.signatures import AUTO
 from rlkit.errors import ConfigError
@@ -150,7 +151,8 @@ class WeightedPools:
             under_way[name] = (judged, pool.submit([items[position] for position in judged]))
         found: list[dict[str, RewardResult]] = [{} for _ in items]
         for name, (judged, scoring) in under_way.items():
-            for position, result in zip(judged, scoring.result(), strict=True):
+            results = with_all_parts(scoring.result(), [items[position].source for position in judged])
+            for position, result in zip(judged, results, strict=True):
                 found[position][name] = result
         return [self._sum(item.sample_id, results) for item, results in zip(items, found, strict=True)]
 
@@ -159,7 +161,8 @@ class WeightedPools:
         return name not in self._settings.sources or source in self._settings.sources[name]
 
     def _sum(self, sample_id: str, results: Mapping[str, RewardResult]) -> RewardResult:
-        """One sample's. A part that is itself a sum is one number here: parts share out the reward, each of it once."""
+        """One sample's. A part that is itself a sum is one component: they share out the reward, each of it once. Its own parts
+        stand beside them, as the function gave them."""
         status = min((result.status for result in results.values()), key=_GRAVITY.index)
         message = "; ".join(f"{name}: {result.message}" for name, result in results.items() if result.message)
         parts: dict[str, float] = {}
@@ -171,8 +174,15 @@ class WeightedPools:
                 weight = self._settings.weights.get(name, 1.0)
                 total = None if total is None else total + weight * result.reward
                 parts[name] = weight * result.reward
-        statuses = {name: result.status for name, result in results.items()}
-        return RewardResult(sample_id=sample_id, status=status, reward=total, components=parts, message=message, statuses=statuses)
+        return RewardResult(
+            sample_id=sample_id,
+            status=status,
+            reward=total,
+            components=parts,
+            message=message,
+            statuses={name: result.status for name, result in results.items()},
+            subparts={f"{name}/{part}": value for name, result in results.items() for part, value in result.components.items()},
+        )
 
     def close(self) -> None:
         self._stack.close()

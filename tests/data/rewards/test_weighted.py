@@ -15,6 +15,10 @@ def accuracy(completions, answer):
 def form(completions):
     return [1.0 if c.isdigit() else unparsable() for c in completions]
 
+def split(completions):
+    known = {"2": {"right": 1.0, "brief": 0.5}, "3": {"right": 0.0, "brief": 0.25}}
+    return [known.get(c) or wrong() for c in completions]
+
 def fussy(completions):
     return [None if c == "skip" else 1 / (c != "raise") for c in completions]
 """
@@ -75,6 +79,21 @@ def test_a_sample_is_scored_when_all_its_functions_did(opened):
     assert failed.statuses == {"accuracy": RewardStatus.wrong, "fussy": RewardStatus.error}
     assert (skipped.status, skipped.reward) == (RewardStatus.skipped, None)
     assert fine.reward == 2.0
+
+
+def test_parts_of_a_part_are_kept_beside_the_parts_that_share_out_the_reward(opened):
+    results = score(opened("split", "form", weights={"split": 0.5}), ("2", ""), ("3", ""), ("x", ""))
+    assert [each.components for each in results] == [
+        {"split": 0.75, "form": 1.0},
+        {"split": 0.125, "form": 1.0},
+        {"split": 0.0, "form": 0.0},
+    ]
+    assert [sum(each.components.values()) for each in results] == [each.reward for each in results]
+    assert [each.subparts for each in results] == [
+        {"split/right": 1.0, "split/brief": 0.5},  # as the function gave them
+        {"split/right": 0.0, "split/brief": 0.25},
+        {"split/right": 0.0, "split/brief": 0.0},  # a verdict of 0 names none
+    ]
 
 
 def test_settings_name_functions_that_exist():
