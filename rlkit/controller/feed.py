@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rlkit.config import RunConfig, choice_of
+from rlkit.controller.filtering import fewest_scored, trainable
 from rlkit.controller.sampling import Sampled, Sampler, Submitted
 from rlkit.core.curriculum import CurriculumState, NoCurriculum, Picked
 from rlkit.core.shaping import DynamicSampling, PromptFilter
@@ -49,10 +50,10 @@ class Feed:
         return self._with_tempered(step, drawn, self._filled(step, drawn))
 
     def _filled(self, step: int, first: Drawn) -> Sampled:
-        """With other prompts in the place of those that the filter drops."""
-        prompt_filter, wanted = self.config.prompt_filter, self.config.prompts_per_step
+        """With other prompts in the place of those that the filter drops, or too many of whose rewards failed."""
+        prompt_filter, wanted, at_least = self.config.prompt_filter, self.config.prompts_per_step, fewest_scored(self.config)
         draws, batches = [first], [self.sampler.collect(first.submitted)]
-        kept = kept_groups(prompt_filter, batches[0].rollouts)
+        kept = kept_groups(prompt_filter, batches[0].rollouts, at_least=at_least)
         while isinstance(prompt_filter, DynamicSampling) and len(kept) < wanted:
             if len(batches) == prompt_filter.max_batches:
                 raise DataError(
@@ -63,7 +64,7 @@ class Feed:
             start = self.drawn_before(step) + sum(each.picked.num_places for each in draws)
             draws.append(self._draw(step, f"step-{step}.{len(batches)}", start, draws[-1].picked.state, draws))
             batches.append(self.sampler.collect(draws[-1].submitted))
-            kept += kept_groups(prompt_filter, batches[-1].rollouts)
+            kept += kept_groups(prompt_filter, batches[-1].rollouts, at_least=at_least)
         rollouts = [rollout for batch in batches for rollout in batch.rollouts]
         counts: dict[str, int] = {}
         if not isinstance(self.config.curriculum, NoCurriculum):
@@ -71,7 +72,9 @@ class Feed:
             counts["dropped_difficulty"] = sum(each.picked.num_difficulty for each in draws)
         visits = visits_of(rollouts)
         if isinstance(prompt_filter, DynamicSampling):
-            counts |= {"dropped_filter": len(visits) - len(kept), "dropped_surplus": len(kept) - wanted}
+            num_failed = trainable(rollouts, at_least=at_least)[1]["group"]
+            counts["dropped_failed"] = num_failed
+            counts |= {"dropped_filter": len(visits) - num_failed - len(kept), "dropped_surplus": len(kept) - wanted}
             groups = set(kept[:wanted])
             rollouts = [rollout for rollout in rollouts if rollout.group_id in groups]
         return Sampled(
@@ -138,8 +141,9 @@ def visits_of(rollouts: Sequence[Rollout]) -> list[tuple[str, list[float]]]:
     return list(visits.values())
 
 
-def kept_groups(prompt_filter: PromptFilter, rollouts: Sequence[Rollout]) -> list[str]:
-    """The groups that the filter keeps, in the order of their first response. Responses without a reward have no say."""
-    scored = [rollout for rollout in rollouts if rollout.reward is not None]
+def kept_groups(prompt_filter: PromptFilter, rollouts: Sequence[Rollout], *, at_least: int) -> list[str]:
+    """The groups that the filter keeps, in the order of their first response, of those with at least so many scored responses.
+    Responses without a reward have no say."""
+    scored, _ = trainable(rollouts, at_least=at_least)
     keep = prompt_filter.keep(scores=torch.tensor([rollout.reward for rollout in scored]), group_ids=group_index(scored))
     return list(dict.fromkeys(rollout.group_id for rollout, kept in zip(scored, keep.tolist(), strict=True) if kept))

@@ -7,9 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rlkit.config import RunConfig
 from rlkit.controller.sampling import Sampled
 from rlkit.data.collate import group_index
 from rlkit.types import FinishReason, Origin, RewardStatus, Rollout
+
+
+def fewest_scored(config: RunConfig) -> int:
+    """Of a group's responses, without which nothing is learnt from it: two, where they are compared."""
+    return 2 if config.compares_groups else 1
 
 
 def trainable(rollouts: Sequence[Rollout], *, at_least: int) -> tuple[list[Rollout], Counter[str]]:
@@ -44,7 +50,8 @@ def rollout_metrics(
         "data/dropped_failed": float(dropped["group"]),
     }
     metrics |= turn_metrics(rollouts)
-    metrics |= {f"data/{name}": float(count) for name, count in sampled.counts.items()}
+    for name, count in sampled.counts.items():  # some of those that failed may have been replaced
+        metrics[f"data/{name}"] = metrics.get(f"data/{name}", 0.0) + count
     metrics |= reward_metrics(rollouts, weights)
     if kept:
         rewards = np.array([rollout.reward for rollout in kept], dtype=float)

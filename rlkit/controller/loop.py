@@ -28,7 +28,7 @@ from rlkit.controller.cluster import Cluster
 from rlkit.controller.episodes import make_sampler, open_environment, read_prompts
 from rlkit.controller.evaluate import Evaluation, evaluate, gain
 from rlkit.controller.feed import Feed
-from rlkit.controller.filtering import rollout_metrics, trainable
+from rlkit.controller.filtering import fewest_scored, rollout_metrics, trainable
 from rlkit.controller.fleet import Engines, Learners, ReferenceScorer, weight_transport
 from rlkit.controller.lookahead import Lookahead
 from rlkit.controller.preemption import Preemption, StopRequested
@@ -288,7 +288,7 @@ class Run:
             sampled = self.ahead.take(step)
         if not self.config.max_staleness:  # then the wait was for these two
             clock.split("wait", generate=sampled.generate_s, reward=sampled.reward_s, environment=sampled.environment_s)
-        at_least = 2 if self.config.compares_groups else 1
+        at_least = fewest_scored(self.config)
         rollouts, dropped = trainable(sampled.rollouts, at_least=at_least)
         tempered = trainable(sampled.tempered, at_least=at_least)[0] if sampled.tempered else []
         metrics = rollout_metrics(sampled, rollouts, dropped, part_weights(self.config)) | self.staleness(rollouts)

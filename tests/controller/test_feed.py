@@ -30,10 +30,11 @@ class Numbered(int):
 
 
 class Sampler:
-    """Prompt i's responses score alike where i is in `alike`; else the first one alone is right."""
+    """Prompt i's responses score alike where i is in `alike`; else the first one alone is right. `failed`: of prompt i, how many of
+    its last rewards did."""
 
-    def __init__(self, make_rollout: Any, alike: Sequence[int]):
-        self.make_rollout, self.alike, self.labels, self.temperatures = make_rollout, set(alike), [], []
+    def __init__(self, make_rollout: Any, alike: Sequence[int], failed: dict[int, int]):
+        self.make_rollout, self.alike, self.failed, self.labels, self.temperatures = make_rollout, set(alike), failed, [], []
 
     def submit(self, label: str, prompts: list[int], group_size: int, sampling: Any) -> Any:
         self.labels.append(label)
@@ -45,15 +46,23 @@ class Sampler:
         rollouts = [self.make_rollout(10 * prompt + index, [5], [6]) for prompt in prompts for index in range(group_size)]
         for place, rollout in enumerate(rollouts):
             prompt = prompts[place // group_size]
-            reward = float(prompt in self.alike or place % group_size == 0)
+            reward: float | None = float(prompt in self.alike or place % group_size == 0)
+            if place % group_size >= group_size - self.failed.get(prompt, 0):
+                reward = None
             rollouts[place] = replace(rollout, group_id=f"{label}/{prompt}", prompt_id=str(prompt), reward=reward)
         return Sampled(rollouts=rollouts, generate_s=1.0, reward_s=0.5, num_prompts=len(prompts), num_tokens=0)
 
 
 @pytest.fixture
 def feed(make_rollout):
-    def build(alike: Sequence[int], *overrides: str, drawn: int = 0, known: CurriculumState = NOTHING) -> Feed:
-        sampler: Any = Sampler(make_rollout, alike)
+    def build(
+        alike: Sequence[int],
+        *overrides: str,
+        drawn: int = 0,
+        known: CurriculumState = NOTHING,
+        failed: dict[int, int] | None = None,
+    ) -> Feed:
+        sampler: Any = Sampler(make_rollout, alike, failed or {})
         prompts: Any = SimpleNamespace(train=[Numbered(index) for index in range(NUM_PROMPTS)])
         return Feed(
             config=compose(["prompts_per_step=4", "group_size=2", "prompt_filter=dynamic", *overrides]),
@@ -82,7 +91,16 @@ def test_prompts_whose_responses_score_alike_are_replaced_in_the_order_of_arriva
     assert len(sampled.rollouts) == 4 * 2
     assert filled.sampler.labels == ["step-1", "step-1.1"]
     assert (sampled.num_prompts, sampled.generate_s, sampled.reward_s) == (8, 2.0, 1.0)
-    assert sampled.counts == {"dropped_filter": 3, "dropped_surplus": 1}
+    assert sampled.counts == {"dropped_failed": 0, "dropped_filter": 3, "dropped_surplus": 1}
+
+
+def test_prompts_whose_rewards_failed_are_replaced_and_no_filters_doing(feed):
+    order = PromptOrder(NUM_PROMPTS, 0).take(0, 8)
+    filled = feed([order[4]], failed={order[0]: 2, order[3]: 1})
+    sampled = filled.collect(1, filled.submit(1))
+    assert prompts_of(sampled) == [order[1], order[2], order[5], order[6]]
+    assert sampled.counts == {"dropped_failed": 2, "dropped_filter": 1, "dropped_surplus": 1}
+    assert sampled.num_prompts == 8 == len(prompts_of(sampled)) + sum(sampled.counts.values())
 
 
 def test_a_batch_that_needs_no_filling_is_the_one_without_a_filter(feed):
@@ -145,7 +163,8 @@ def test_what_the_filter_drops_was_visited_all_the_same_and_the_next_batch_goes_
     sampled = both.collect(1, both.submit(1))
     assert both.sampler.labels == ["step-1", "step-1.1"]
     assert prompts_of(sampled) == [order[1], order[4], order[5], order[7]]
-    assert sampled.counts == {"dropped_retired": 2, "dropped_difficulty": 0, "dropped_filter": 2, "dropped_surplus": 2}
+    dropped = {"dropped_failed": 0, "dropped_filter": 2, "dropped_surplus": 2}
+    assert sampled.counts == {"dropped_retired": 2, "dropped_difficulty": 0} | dropped
     assert sampled.num_prompts == 10 == len(prompts_of(sampled)) + sum(sampled.counts.values())
     assert {sampled.curriculum.pass_rates[str(order[place])] for place in (0, 3)} == {1.0}
     assert sampled.curriculum.streaks[str(order[0])] == 1

@@ -173,6 +173,45 @@ def test_failed_rewards_leave_their_groups_and_every_denominator(tmp_path, monke
     assert all(r["reward"] is None for r in skipped)
 
 
+COUNTED = """
+from zlib import crc32
+
+def judged(prompt, completion, kind):
+    luck = crc32((prompt + completion).encode())
+    if kind == "broken" or (kind == "flaky" and luck % 4):
+        raise ValueError("cannot be judged")
+    return 1.0 if kind == "easy" else float(luck // 4 % 2)
+"""
+
+
+def test_every_prompt_whose_turn_came_is_kept_or_dropped_for_one_reason(in_folder):
+    """Failed rewards, a filter and a curriculum at once. Twelve prompts, so that they recur and the easy ones retire."""
+    (in_folder / "rewards.py").write_text(COUNTED)
+    kinds = ["broken", "flaky", "easy", "hard", "hard", "hard"] * 2
+    (in_folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{n} 5 7 2 = 7:", "kind": kind}) + "\n" for n, kind in enumerate(kinds))
+    )
+    run(
+        in_folder / "run",
+        *("data=jsonl", "data.path=rows.jsonl", "data.held_out_fraction=0", "max_prompt_tokens=24", "max_response_tokens=2"),
+        *("reward.fn=rewards.py:judged", "reward.max_error_rate=1", "num_steps=6", "prompts_per_step=3"),
+        *("prompt_filter=dynamic", "prompt_filter.max_batches=0", "curriculum=pass_rate", "curriculum.retire_after=1"),
+    )
+    found = [row for row in rows(in_folder / "run") if "data/issued" in row]
+    assert len(found) == 6
+    reasons = ("filter", "surplus", "failed", "retired", "difficulty")
+    for row in found:
+        dropped = {name: value for name, value in row.items() if name.startswith("data/dropped_")}
+        assert set(dropped) == {f"data/dropped_{reason}" for reason in reasons}
+        assert row["data/issued"] == row["data/kept"] + sum(dropped.values()), row
+        table = pq.read_table(in_folder / "run" / "rollouts" / f"step_{row['step']:06d}.parquet").to_pylist()
+        trained = {each["group_id"] for each in table if each["advantage"] is not None}
+        assert row["data/kept"] == len(trained) == 3  # what failed was replaced, like what the filter dropped
+        assert all("ValueError: cannot be judged" in each["reward_message"] for each in table if each["status"] == "error")
+    totals = {reason: sum(row[f"data/dropped_{reason}"] for row in found) for reason in reasons}
+    assert all(totals.values()), totals  # each of them happened
+
+
 def test_a_reward_function_that_always_raises_stops_the_run_with_its_own_words(tmp_path, monkeypatch):
     (tmp_path / "rewards.py").write_text("def broken(prompts, completions, **columns):\n    raise KeyError('answr')\n")
     monkeypatch.chdir(tmp_path)
