@@ -272,10 +272,24 @@ def resumed_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
     for key in ("model", "data", "seed", "prompts_per_step", "group_size"):
         if getattr(now, key) != getattr(before, key):
             raise ConfigError(f"{key}: a run that is resumed keeps its {key}. Start a new run, from the checkpoint if you like.")
-    if type(now.optimizer) is not type(before.optimizer):
-        raise ConfigError("optimizer: a run that is resumed keeps its optimiser, whose state is in the checkpoint.")
-    if type(now.reference) is not type(before.reference):
-        raise ConfigError("reference: a run that is resumed keeps its reference. Start a new run, from the checkpoint if you like.")
+    for group, what in (
+        ("optimizer", "its optimiser, whose state is in the checkpoint"),
+        ("critic", "its critic, whose weights are in the checkpoint"),
+        ("reference", "its reference"),
+        ("rehearsal", "its rehearsal"),
+    ):
+        if type(getattr(now, group)) is not type(getattr(before, group)):
+            raise ConfigError(f"{group}: a run that is resumed keeps {what}. Start a new run, from the checkpoint if you like.")
+    for group, what in (("entropy", "entropy term"), ("safeguard", "safeguard")):
+        if type(getattr(now, group).initial()) is not type(getattr(before, group).initial()):
+            raise ConfigError(
+                f"{group}: a run that is resumed keeps its {what}, whose state is in the checkpoint. Start a new run."
+            )
+    if now.max_staleness < before.max_staleness:
+        raise ConfigError(
+            f"max_staleness={now.max_staleness}: what the run has sampled ahead may be {before.max_staleness} versions old. Write "
+            f"max_staleness={before.max_staleness} or more, or start a new run from the checkpoint."
+        )
     for key in ("lora_rank", "lora_alpha", "target_modules"):  # None: not of this learner
         if getattr(now.learner, key, None) != getattr(before.learner, key, None):
             raise ConfigError(f"learner.{key}: a run that is resumed keeps its adapters. Start a new run, from the checkpoint.")
@@ -292,6 +306,7 @@ def rehearse(config: RunConfig) -> None:
     from rlkit.controller.episodes import open_environment, read_prompts
     from rlkit.controller.local import InProcessCluster
     from rlkit.controller.rewards import open_rewards
+    from rlkit.controller.reweighting import check_objectives
     from rlkit.data.models.loading import load_tokenizer, num_parameters, resolve
     from rlkit.data.models.lora import num_adapter_parameters
     from rlkit.data.models.reference import check_reference, held_models
@@ -310,6 +325,7 @@ def rehearse(config: RunConfig) -> None:
     with open_rewards(config, nobody, base_dir=base_dir) as rewards, open_environment(config, base_dir=base_dir) as environment:
         prompts = read_prompts(config, tokenizer, rewards, environment)
     check_sources(config.reward, [*prompts.train, *prompts.held_out])
+    check_objectives(config, [*prompts.train, *prompts.held_out])
     print(f"{len(prompts.train):,} prompts to train on, {len(prompts.held_out):,} held out. Nothing was started: dry_run=true.")
 
 

@@ -331,6 +331,13 @@ def test_a_resumed_run_may_move_a_controllers_target_but_not_where_it_started(in
         cli.resumed_config(run_dir, ["divergence_control=fixed"])
 
 
+def test_a_resumed_run_takes_no_less_staleness_than_what_it_has_sampled_ahead(in_folder: Path):
+    run_dir = make_run(in_folder / "run", "max_staleness=2", "rollout=vllm_async", "correction=decoupled_ppo")
+    assert cli.resumed_config(run_dir, ["max_staleness=3"]).max_staleness == 3
+    with pytest.raises(ConfigError, match=r"^max_staleness=1: what the run has sampled ahead may be 2 versions old\."):
+        cli.resumed_config(run_dir, ["max_staleness=1"])
+
+
 def test_eval_takes_the_newest_checkpoint_and_the_runs_settings(in_folder: Path):
     run_dir = make_run(in_folder / "it's a run", "experiment=grpo_published", "rollout.num_engines=1", "num_steps=7")
     checkpoint, found = cli.locate(run_dir)

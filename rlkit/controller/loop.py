@@ -53,7 +53,7 @@ from rlkit.controller.progress import Progress
 from rlkit.controller.rehearsal import Answers, sample_answers
 from rlkit.controller.replaying import Replayed, open_buffer, replayed, store
 from rlkit.controller.rewards import open_rewards
-from rlkit.controller.reweighting import objective_metrics, rewards_by_objective
+from rlkit.controller.reweighting import check_objectives, objective_metrics, rewards_by_objective
 from rlkit.controller.sampling import Sampled, Sampler
 from rlkit.controller.tracking import Tracker
 from rlkit.controller.turns import ByTurns, SideBySide
@@ -112,6 +112,7 @@ def train(config: RunConfig, cluster: Cluster, *, resume: bool = False) -> RunSu
         environment = stack.enter_context(open_environment(config, base_dir=Path.cwd()))
         prompts = read_prompts(config, tokenizer, rewards, environment)
         check_sources(config.reward, [*prompts.train, *prompts.held_out])
+        check_objectives(config, [*prompts.train, *prompts.held_out])
         fingerprint = prompts.fingerprint()
         found, passed_over = newest_valid(run_dir) if resume else (None, [])
         progress = Progress.start(config)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rlkit.core.recap import ApplyTo, Judged, ObjectiveWeights, Reweighting, weight_entropy
-from rlkit.types import Rollout, TrainBatch
+from rlkit.config import RunConfig, choice_of
+from rlkit.core.imitation import NoImitation
+from rlkit.core.recap import (
+    SUPERVISED,
+    ApplyTo,
+    Judged,
+    NoObjectiveWeights,
+    ObjectiveWeights,
+    Reweighting,
+    weight_entropy,
+)
+from rlkit.errors import ConfigError
+from rlkit.types import Prompt, Rollout, TrainBatch
 
 
 def rewards_by_objective(objective_weights: ObjectiveWeights, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -19,6 +30,16 @@ def rewards_by_objective(objective_weights: ObjectiveWeights, rollouts: Sequence
         for name, reward in _rewards_of(rollout, by_part=weighs_parts(objective_weights)).items():
             found.setdefault(name, []).append(reward)
     return {name: sum(rewards) / len(rewards) for name, rewards in found.items()}
+
+
+def check_objectives(config: RunConfig, prompts: Iterable[Prompt]) -> None:
+    """Raises ConfigError for a data source that has the name of an objective that is none."""
+    imitates = not isinstance(config.imitation, NoImitation) and not isinstance(config.objective_weights, NoObjectiveWeights)
+    if imitates and any(prompt.source == SUPERVISED for prompt in prompts):
+        raise ConfigError(
+            f"objective_weights={choice_of('objective_weights', config.objective_weights)}: a data source is called {SUPERVISED}, "
+            "which is the name of the imitation's loss among the objectives. Give the source another name."
+        )
 
 
 def weighs_parts(objective_weights: ObjectiveWeights) -> bool:

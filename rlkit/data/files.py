@@ -19,6 +19,8 @@ class Row:
     label: str  # where it is, in the words of the source: line 3, row 17
     values: dict[str, Any]
     problem: str = ""  # why it could not be read; `values` is empty then
+    id: str | None = None  # where the reader knows it; else a column has it, or its place is its id
+    source: str | None = None  # the same
 
 
 def numbered(rows: Sequence[dict[str, Any]]) -> list[Row]:

@@ -99,7 +99,7 @@ def _prompts(
     _check_columns(source, rows, missing, where)
     offenders, kept, seen = [], [], {}
     for row in rows:
-        id = prefix + (row.label.replace(" ", "-") if source.id_column is None else str(row.values.get(source.id_column)))
+        id = prefix + _id_of(source, row)
         kind, problem = _find_fault(source, row, missing)
         if not kind and id in seen:
             kind, problem = "duplicate_id", f"has the id {id} of {seen[id]}"
@@ -228,8 +228,15 @@ def _check_encodable(text: str) -> tuple[str, str]:
 
 def _source_of(source: Source, row: Row) -> str:
     """The name of where the row comes from; where it does not say, which is found out elsewhere, of the whole."""
-    name = None if source.source_column is None else row.values.get(source.source_column)
+    name = row.source if source.source_column is None else row.values.get(source.source_column)
     return source.name if name is None else str(name)
+
+
+def _id_of(source: Source, row: Row) -> str:
+    """What tells the row from others; where it does not say, which is found out elsewhere, None in words."""
+    if row.id is not None:
+        return row.id
+    return row.label.replace(" ", "-") if source.id_column is None else str(row.values.get(source.id_column))
 
 
 def _messages(source: Source, row: Row) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
@@ -29,8 +29,6 @@ from rlkit.settings import (
     TableData,
     VerifiersData,
 )
-
-SOURCE, MIXED_ID = "data_source", "mixture_id"  # columns that a mixture's rows get
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,25 +157,29 @@ def _table(settings: TableData, name: str, train: list[Row], held_out: list[Row]
 
 
 def _read_mixture(settings: MixtureData) -> Source:
-    """Rows of all files, one file after the other. A row carries its source, and ids are told apart by it."""
-    rows = []
-    for name, path in settings.files.items():
-        for number, row in enumerate(_rename(settings.columns, read_table(f"data.files.{name}", path)), start=1):
-            own = number if settings.id_column is None else row.values.get(settings.id_column)
-            # A row without its id stays so, and is reported as any other such row.
-            named = {SOURCE: name} | ({} if own is None else {MIXED_ID: f"{name}:{own}"})
-            values = row.values | named if row.values else {}
-            rows.append(Row(label=f"{name} {row.label}", values=values, problem=row.problem))
+    """Rows of all files, one file after the other. A row knows its source, and ids are told apart by it."""
+    rows = [
+        # The source for functions that look at it; a column of that name in the file means something to them already.
+        replace(row, label=f"{name} {row.label}", source=name, values={"data_source": name} | row.values if row.values else {})
+        for name, path in settings.files.items()
+        for row in read_table(f"data.files.{name}", path)
+    ]
+    rows = _rename(settings.columns, rows)  # together: a column to rename need not be in every file
     return Source(
         name="mixture",
-        train=rows,
+        train=[replace(row, id=_mixed_id(settings, row)) for row in rows],
         held_out=None,
         prompt_column=settings.prompt_column,
-        id_column=MIXED_ID,
-        source_column=SOURCE,
+        id_column=settings.id_column,
         chat=settings.chat,
         system_prompt=settings.system_prompt,
     )
+
+
+def _mixed_id(settings: MixtureData, row: Row) -> str | None:
+    """None where its place has to do, and for a row that lacks its id, which is reported as any other such row."""
+    own = None if settings.id_column is None else row.values.get(settings.id_column)
+    return None if own is None else f"{row.source}:{own}"
 
 
 def _rename(columns: dict[str, str], rows: list[Row]) -> list[Row]:
@@ -190,9 +192,8 @@ def _rename(columns: dict[str, str], rows: list[Row]) -> list[Row]:
         return rows
     old_names = set(columns.values())
     return [
-        Row(
-            label=row.label,
-            problem=row.problem,
+        replace(
+            row,
             values={name: value for name, value in row.values.items() if name not in old_names}
             | {new: row.values[old] for new, old in columns.items() if old in row.values},
         )

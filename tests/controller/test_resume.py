@@ -418,6 +418,10 @@ def test_a_worker_that_dies_is_named_with_the_way_to_go_on(monkeypatch):
         ("seed=5", "seed: a run that is resumed keeps its seed"),
         ("group_size=2", "group_size: a run that is resumed keeps its group_size"),
         ("optimizer=sgd", "optimizer: a run that is resumed keeps its optimiser"),
+        ("advantage=gae critic=value_model", "critic: a run that is resumed keeps its critic"),
+        ("entropy=siren", "entropy: a run that is resumed keeps its entropy term"),
+        ("divergence=reverse_kl safeguard=asymmetric", "safeguard: a run that is resumed keeps its safeguard"),
+        ("rehearsal=base_answers rehearsal.samples_per_prompt=1", "rehearsal: a run that is resumed keeps its rehearsal"),
         ("learner=lora", "learner.lora_rank: a run that is resumed keeps its adapters"),
         (
             "divergence_control=doubling divergence_control.target=0.1",

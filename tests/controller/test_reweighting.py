@@ -15,10 +15,12 @@ from rlkit.compose import compose
 from rlkit.controller import loop
 from rlkit.controller.local import InProcessCluster
 from rlkit.controller.preparation import balance, correct, narrow, shaped_rewards, with_advantages
-from rlkit.controller.reweighting import objective_metrics, rewards_by_objective
+from rlkit.controller.reweighting import check_objectives, objective_metrics, rewards_by_objective
 from rlkit.core.recap import Judged
 from rlkit.data.collate import collate
 from rlkit.data.expressions import rows
+from rlkit.errors import ConfigError
+from rlkit.types import Prompt
 
 WEIGHTS = {"math": 1.5, "code": 0.5, "math.right": 2.0, "math.brief": 0.5, "code.right": 3.0}
 
@@ -182,3 +184,14 @@ def test_a_run_with_one_objective_is_told_that_nothing_is_weighed(tmp_path):
     settings = [*SMALL, "objective_weights=recap", "num_steps=1", f"run_dir={tmp_path / 'run'}"]
     loop.train(compose(settings), InProcessCluster())
     assert "objective_weights=recap: expressions is the only objective so far" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_source_may_not_be_called_as_the_loss_that_is_an_objective():
+    def prompt(source):
+        return Prompt(id="p", text="", prompt_ids=(1,), source=source, columns={})
+
+    config = compose(["imitation=positive", "objective_weights=recap"])
+    check_objectives(config, [prompt("math")])
+    check_objectives(compose(["imitation=positive"]), [prompt("imitation")])
+    with pytest.raises(ConfigError, match=r"^objective_weights=recap: a data source is called imitation, .* another name\.$"):
+        check_objectives(config, [prompt("imitation")])

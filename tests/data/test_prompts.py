@@ -300,6 +300,23 @@ def test_a_mixture_tells_its_files_apart(tmp_path, tokenizer):
     ]
 
 
+def test_a_mixture_leaves_columns_and_splits_by_question(tmp_path, tokenizer):
+    rows = [{"prompt": f"{number % 15} + 1", "data_source": "openai/gsm8k", "answer": "x"} for number in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.jsonl").write_text('{"question": "5 6", "answer": "z"}\n')
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in "ab"}
+    found = load(MixtureData(files=files, columns={"prompt": "question"}, held_out_fraction=0.3), tokenizer)
+    train, held_out = ({prompt.text for prompt in part} for part in (found.train, found.held_out))
+    assert held_out
+    assert not train & held_out
+    everything = [*found.train, *found.held_out]
+    assert {(prompt.source, prompt.columns["data_source"]) for prompt in everything} == {("a", "openai/gsm8k"), ("b", "b")}
+    assert {prompt.text for prompt in everything if prompt.source == "b"} == {"5 6"}  # of a column that a.jsonl does not have
+    assert "there is no column uid; set data.id_column" in refused(
+        MixtureData(files=files, columns={"prompt": "question"}, id_column="uid"), tokenizer
+    )
+
+
 def test_weights_are_of_sources_that_exist(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match=r"data.source_weights.c: data.files has a. Correct the name"):
         MixtureData(files={"a": "a.jsonl"}, source_weights={"c": 1.0})

@@ -38,7 +38,9 @@ def hidden_before_responses(decoder: nn.Module, layout: Layout) -> Tensor:
     hidden = decoder(
         input_ids=layout.input_ids, position_ids=layout.position_ids, attention_mask=layout.mask, use_cache=False
     ).last_hidden_state  # [R, S, H]
-    return hidden.flatten(0, 1)[layout.predicts]
+    # Not by [...]: its backward adds up in parallel, in an order of its own each time, where a prompt's end is before several
+    # responses, and two runs on a CPU would differ.
+    return hidden.flatten(0, 1).index_select(0, layout.predicts)
 
 
 class Policy(nn.Module):
