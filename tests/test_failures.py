@@ -287,4 +287,4 @@ def test_a_full_disk_is_met_once_stops_the_run_the_second_time_and_costs_no_chec
     (error,) = (line for line in said.splitlines() if line.startswith("error: "))
     assert error.startswith("error: checkpoint of step 3: cannot be written (")
     assert "No space left on device" in error
-    assert error.endswith("MiB are free under run).")
+    assert error.endswith("MiB are free under run). Go on with: rlkit train resume=run")
