@@ -324,8 +324,8 @@ def rehearse(config: RunConfig) -> None:
     base_dir, nobody = Path.cwd(), InProcessCluster()  # of which no worker is asked for
     with open_rewards(config, nobody, base_dir=base_dir) as rewards, open_environment(config, base_dir=base_dir) as environment:
         prompts = read_prompts(config, tokenizer, rewards, environment)
-    check_sources(config.reward, [*prompts.train, *prompts.held_out])
-    check_objectives(config, [*prompts.train, *prompts.held_out])
+    check_sources(config.reward, prompts.everything)
+    check_objectives(config, prompts.everything)
     print(f"{len(prompts.train):,} prompts to train on, {len(prompts.held_out):,} held out. Nothing was started: dry_run=true.")
 
 

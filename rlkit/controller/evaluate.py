@@ -127,7 +127,7 @@ def evaluate_checkpoint(config: RunConfig, cluster: Cluster) -> Evaluation:
     base_dir = Path.cwd()
     with open_rewards(config, cluster, base_dir=base_dir) as rewards, open_environment(config, base_dir=base_dir) as environment:
         prompts = read_prompts(config, tokenizer, rewards, environment)
-        rewards.start([*prompts.train, *prompts.held_out])
+        rewards.start(prompts.everything)
         engines = Engines(config, cluster, SideBySide(), purpose="evaluation")
         sampler = make_sampler(config, engines, rewards, tokenizer, environment)
         return evaluate(

@@ -30,6 +30,10 @@ class PromptSet:
     held_out: list[Prompt]  # in an order by hash of the id, so that its first n are a fair sample
     dropped: dict[str, int] = field(default_factory=dict)  # rows left out, by reason
 
+    @property
+    def everything(self) -> list[Prompt]:
+        return [*self.train, *self.held_out]
+
     def fingerprint(self) -> str:
         """Of the prompts to train on, their tokens and their order: a run can be continued only on the same."""
         digest = sha256()
