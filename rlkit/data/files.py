@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -62,6 +62,12 @@ def first_rows(key: str, path: str, limit: int | None = None) -> list[dict[str, 
     if not rows:
         raise DataError(f"{key}={path}: it has no rows.")
     return [row.values for row in rows]
+
+
+def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row's values with columns under new names, {new: old}: the old name is gone. One that it lacks stays lacking."""
+    kept = {name: value for name, value in values.items() if name not in columns.values()}
+    return kept | {new: values[old] for new, old in columns.items() if old in values}
 
 
 def _existing(key: str, path: str) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlkit.data import comparison, expressions, guessing
 from rlkit.data.environments.verifiers import require_package
-from rlkit.data.files import Row, numbered, read_jsonl, read_parquet, read_table
+from rlkit.data.files import Row, numbered, read_jsonl, read_parquet, read_table, renamed
 from rlkit.errors import ConfigError, DataError, ResourceError
 from rlkit.settings import (
     ComparisonData,
@@ -190,15 +190,7 @@ def _rename(columns: dict[str, str], rows: list[Row]) -> list[Row]:
             raise DataError(f"data.columns.{new}={old}: there is no column {old}. The columns are {', '.join(existing)}.")
     if not columns:
         return rows
-    old_names = set(columns.values())
-    return [
-        replace(
-            row,
-            values={name: value for name, value in row.values.items() if name not in old_names}
-            | {new: row.values[old] for new, old in columns.items() if old in row.values},
-        )
-        for row in rows
-    ]
+    return [replace(row, values=renamed(row.values, columns)) for row in rows]
 
 
 def column_names(rows: list[Row]) -> list[str]:

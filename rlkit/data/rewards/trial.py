@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rlkit.data.files import renamed
 from rlkit.data.processes.budget import ErrorBudget
 from rlkit.data.rewards.pool import RewardItem, RewardPool
 from rlkit.data.rewards.signatures import RewardSignature
@@ -176,7 +177,7 @@ def try_function(
     """
     columns = columns or {}
     _check_named(rows, prompt_column=prompt_column, answer_column=answer_column, columns=columns)
-    seen = [_renamed(row, columns) for row in rows]  # by the function
+    seen = [renamed(row, columns) for row in rows]  # by the function
     known = [{**row, **own} for row, own in zip(rows, seen, strict=True)]  # by either name
     prompts = [row.get(prompt_column or "prompt") for row in known]
     wanted = list(_wanted(seen, prompts, list(_completions(known, answer_column or "answer"))))
@@ -230,12 +231,6 @@ def _check_needed(pool: RewardPool, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """As `data.columns` does: the old name is gone."""
-    kept = {name: value for name, value in row.items() if name not in columns.values()}
-    return kept | {new: row[old] for new, old in columns.items() if old in row}
 
 
 def _notes(
